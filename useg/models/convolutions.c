@@ -48,7 +48,7 @@ int useg_convolve(const convolution *s, const norm *before, const norm *after, c
         if (!strip || !sums) failed = 1;
         else fill(&cuts, s->height, s->width, C, &how, x, image, first, rows, strip);
         for (int64_t d = 0; d < D && strip && sums; d += LANES) {
-            multiply_rows(strip, &cuts, rows, C / BLOCK, packed + 9 * C * d, sums, 3);
+            multiply_rows(strip, &cuts, rows, s->width, C / BLOCK, packed + 9 * C * d, sums, 3);
             finish_forward(s, &cuts, sums, rows,
                            y + (image * s->height + first) * s->width * D + d, m + k * 4 * D + d);
         }
@@ -104,7 +104,7 @@ static void backward_strip(const convolution *s, const strips *cuts, const norm 
     fill(cuts, s->height, s->width, C, &of_x, x, image, first, rows, w->x);
     fill(cuts, s->height, s->width, D, of_g, g, image, first, rows, w->g);
     for (int64_t c = 0; c < C; c += LANES) {
-        multiply_rows(w->g, cuts, rows, D / BLOCK, packed + 9 * D * c, w->sums, 3);
+        multiply_rows(w->g, cuts, rows, s->width, D / BLOCK, packed + 9 * D * c, w->sums, 3);
         finish_backward(cuts, s->width, C, before, w->sums, rows, x + start, gx + start, c, totals);
     }
     add_weight_gradients(cuts, C, D, w->x, w->g, rows, &w->pairs, gradients, is_first);

@@ -14,7 +14,7 @@
 /* Places computed at once: as many vectors of sums, and three of weights, fit into registers. */
 #define TILE 24
 /* A strip and what is computed from it take about so many bytes. */
-#define STRIP_BYTES (256 << 10)
+#define STRIP_BYTES (512 << 10)
 /* Strips are distributed among so many chunks at most, whatever the number of threads. */
 #define MAX_CHUNKS 32
 
@@ -115,12 +115,12 @@ static void pack_reversed(const float *weight, int64_t step, int64_t C, int64_t 
             }
 }
 
-/* Multiply a tile of places with the weights of LANES output channels, packed as
+/* Multiply ``tile`` places with the weights of LANES output channels, packed as
    (taps, blocks, BLOCK / 2, taps, LANES, 2). */
 INLINE void multiply(const bf16 *strip, const strips *cuts, int64_t blocks, const bf16 *weight,
-                     float *out, int taps) {
+                     float *out, int taps, int tile) {
     vec sum[TILE];
-    UNROLL for (int p = 0; p < TILE; p++) sum[p] = (vec){0};
+    UNROLL for (int p = 0; p < tile; p++) sum[p] = (vec){0};
     for (int64_t v = 0; v < taps; v++)
         for (int64_t b = 0; b < blocks; b++) {
             const bf16 *own = strip + (b * cuts->places + v * cuts->pitch) * BLOCK;
@@ -129,24 +129,30 @@ INLINE void multiply(const bf16 *strip, const strips *cuts, int64_t blocks, cons
                 UNROLL for (int u = 0; u < taps; u++)
                     w[u] = (products)_mm512_loadu_si512(weight + u * 2 * LANES);
                 /* Each pair of numbers is loaded once for all taps of a row. */
-                UNROLL for (int p = 0; p < TILE + taps - 1; p++) {
+                UNROLL for (int p = 0; p < tile + taps - 1; p++) {
                     int32_t pair;
                     memcpy(&pair, own + p * BLOCK, sizeof pair);
                     products x = (products)_mm512_set1_epi32(pair);
                     UNROLL for (int u = 0; u < taps; u++)
-                        if (p >= u && p < TILE + u)
+                        if (p >= u && p < tile + u)
                             sum[p - u] = (vec)_mm512_dpbf16_ps((__m512)sum[p - u], w[u], x);
                 }
             }
         }
-    UNROLL for (int p = 0; p < TILE; p++) storef(out + p * LANES, sum[p]);
+    UNROLL for (int p = 0; p < tile; p++) storef(out + p * LANES, sum[p]);
 }
 
-/* Multiply all places of some rows. */
-INLINE void multiply_rows(const bf16 *strip, const strips *cuts, int64_t rows, int64_t blocks,
-                          const bf16 *weight, float *out, int taps) {
-    for (int64_t p = 0; p < rows * cuts->pitch; p += TILE)
-        multiply(strip + p * BLOCK, cuts, blocks, weight, out + p * LANES, taps);
+/* Multiply all places of some rows, from the first pixel to the last. */
+INLINE void multiply_rows(const bf16 *strip, const strips *cuts, int64_t rows, int64_t width,
+                          int64_t blocks, const bf16 *weight, float *out, int taps) {
+    const int64_t number = (rows - 1) * cuts->pitch + width;
+    int64_t p = 0;
+#define CALL(SIZE)                                                                                 \
+    multiply(strip + p * BLOCK, cuts, blocks, weight, out + p * LANES, taps, SIZE), p += SIZE
+    while (number - p > 2 * TILE / 3) CALL(TILE);
+    while (number - p > TILE / 3) CALL(2 * TILE / 3);
+    while (number - p > 0) CALL(TILE / 3);
+#undef CALL
 }
 
 /* Store pairs of neighbouring places: (number, channels, 2), of one block or two. */

@@ -138,10 +138,10 @@ static void forward_strip(const upsampling *s, const both_strips *cuts, const no
     for (int64_t d = 0; d < D; d += LANES) {
         for (int64_t phase = 0; phase < PHASES; phase++)
             multiply_rows(strip + (phase / 2 * coarse->pitch + phase % 2) * BLOCK, coarse, rows,
-                          C / BLOCK, packed + (phase * D + d) * 4 * C,
+                          s->width, C / BLOCK, packed + (phase * D + d) * 4 * C,
                           sums + phase * coarse->tiles * TILE * LANES, 2);
         if (S)
-            multiply_rows(of_skip, fine, 2 * rows, S / BLOCK, packed + 16 * C * D + 9 * S * d,
+            multiply_rows(of_skip, fine, 2 * rows, 2 * s->width, S / BLOCK, packed + 16 * C * D + 9 * S * d,
                           skip_sums, 3);
         finish_forward(s, cuts, sums, S ? skip_sums : NULL, rows,
                        y + (image * s->height + first) * 4 * s->width * D + d, m + d);
@@ -266,7 +266,7 @@ static void backward_strip(const upsampling *s, const both_strips *cuts, const n
     fill(fine, 2 * s->height, 2 * s->width, D, of_g, g, image, 2 * first, 2 * rows, w->g);
     separate_phases(s, cuts, w->g, rows, w->phases);
     for (int64_t c = 0; c < C; c += LANES) {
-        multiply_rows(w->phases + LEAD * BLOCK, coarse, rows, PHASES * D / BLOCK,
+        multiply_rows(w->phases + LEAD * BLOCK, coarse, rows, s->width, PHASES * D / BLOCK,
                       packed + 16 * D * c, w->sums, 2);
         finish_backward(coarse, s->width, C, before, w->sums, rows, x + start * C, gx + start * C,
                         c, totals);
@@ -275,7 +275,7 @@ static void backward_strip(const upsampling *s, const both_strips *cuts, const n
     if (!S) return;
     fill(fine, 2 * s->height, 2 * s->width, S, &none, skip, image, 2 * first, 2 * rows, w->skip);
     for (int64_t c = 0; c < S; c += LANES) {
-        multiply_rows(w->g, fine, 2 * rows, D / BLOCK, packed + 16 * C * D + 9 * D * c, w->sums, 3);
+        multiply_rows(w->g, fine, 2 * rows, 2 * s->width, D / BLOCK, packed + 16 * C * D + 9 * D * c, w->sums, 3);
         finish_backward(fine, 2 * s->width, S, NULL, w->sums, 2 * rows, NULL,
                         skip_gradient + 4 * start * S, c, NULL);
     }
