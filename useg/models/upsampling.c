@@ -141,8 +141,8 @@ static void forward_strip(const upsampling *s, const both_strips *cuts, const no
                           s->width, C / BLOCK, packed + (phase * D + d) * 4 * C,
                           sums + phase * coarse->tiles * TILE * LANES, 2);
         if (S)
-            multiply_rows(of_skip, fine, 2 * rows, 2 * s->width, S / BLOCK, packed + 16 * C * D + 9 * S * d,
-                          skip_sums, 3);
+            multiply_rows(of_skip, fine, 2 * rows, 2 * s->width, S / BLOCK,
+                          packed + 16 * C * D + 9 * S * d, skip_sums, 3);
         finish_forward(s, cuts, sums, S ? skip_sums : NULL, rows,
                        y + (image * s->height + first) * 4 * s->width * D + d, m + d);
     }
@@ -275,7 +275,8 @@ static void backward_strip(const upsampling *s, const both_strips *cuts, const n
     if (!S) return;
     fill(fine, 2 * s->height, 2 * s->width, S, &none, skip, image, 2 * first, 2 * rows, w->skip);
     for (int64_t c = 0; c < S; c += LANES) {
-        multiply_rows(w->g, fine, 2 * rows, 2 * s->width, D / BLOCK, packed + 16 * C * D + 9 * D * c, w->sums, 3);
+        multiply_rows(w->g, fine, 2 * rows, 2 * s->width, D / BLOCK,
+                      packed + 16 * C * D + 9 * D * c, w->sums, 3);
         finish_backward(fine, 2 * s->width, S, NULL, w->sums, 2 * rows, NULL,
                         skip_gradient + 4 * start * S, c, NULL);
     }
