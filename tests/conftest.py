@@ -1,7 +1,13 @@
 """What holds for every test."""
 
+import atexit
 import os
+import shlex
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from blank_charts import render_nothing
@@ -21,6 +27,14 @@ settings.load_profile("useg")
 os.environ["USEG_CACHE"] = (
     "off"  # no test writes into the user's cache; those of the cache set a folder of their own
 )
+
+# Compiling the layers of training takes seconds in each process that trains in bf16. The workers of
+# pytest-xdist, and the processes that tests start, inherit the compiler.
+if "CC" not in os.environ and (compiler := shutil.which("cc")):
+    objects = tempfile.mkdtemp(prefix="useg-objects-")
+    atexit.register(shutil.rmtree, objects, ignore_errors=True)
+    program = str(Path(__file__).with_name("remembering_cc.py"))
+    os.environ["CC"] = shlex.join([sys.executable, program, objects, compiler])
 
 
 @pytest.fixture(scope="module")
