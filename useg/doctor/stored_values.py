@@ -174,7 +174,7 @@ def _smeared_mask(
     snap_all = len(table) == 2 or num_present <= 2
     repair = Repair(
         pair,
-        f"mask: {format_count(len(unknown), 'smeared code')} became the nearest class",
+        f"mask: {format_count(len(unknown), 'smeared value')} became the nearest class",
         class_ids=_nearest_classes(unknown, table, snap_all=snap_all),
         transform=fill_unsure_pixels,
     )
@@ -187,8 +187,8 @@ def _smeared_mask(
         "mask damaged by JPEG" if is_jpeg else "smeared mask",
         "error",
         (pair.mask,),
-        f"mask '{data.name(pair.mask)}' has {format_count(len(unknown), 'code')} that no class "
-        f"has, on {100 * share:.1f} % of its pixels, from {cause}",
+        f"{100 * share:.1f} % of the pixels of mask '{data.name(pair.mask)}' have values that no "
+        f"class has ({format_count(len(unknown), 'value')}), because of {cause}",
         "save masks as PNG, and resize them with nearest-neighbour interpolation",
         (repair,),
     )

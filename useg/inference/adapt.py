@@ -187,16 +187,15 @@ def _explain(best: float, agreement: dict[float, float], allowed: Sequence[float
     before = 100 * agreement[0.0]
     if best:
         return (
-            f"changed views of an image agree on {100 * agreement[best]:.1f} % of the pixels with "
-            f"{100 * best:.0f} % of the new statistics, and on {before:.1f} % without"
+            f"with {100 * best:.0f} % of the new statistics blended in, the predictions for "
+            f"changed views of an image agree on {100 * agreement[best]:.1f} % of the pixels; "
+            f"without them, on {before:.1f} %"
         )
     if len(allowed) == 1:
-        return (
-            "the model stays as it is: with the new statistics it would find fewer of its classes"
-        )
+        return "the model stays as it is: the new statistics would make it predict fewer classes"
     return (
-        f"the model stays as it is: changed views of an image agree on {before:.1f} % of the "
-        "pixels, and no more with the new statistics"
+        "the model stays as it is: the predictions for changed views of an image agree on "
+        f"{before:.1f} % of the pixels, and the new statistics do not raise this"
     )
 
 
