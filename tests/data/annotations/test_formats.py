@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_annotations import write_file, write_photo
 
-from useg.data.annotations.formats import parse_yaml_names, read_class_names
+from useg.data.annotations.formats import (
+    AnnotatedImage,
+    Reading,
+    parse_yaml_names,
+    read_class_names,
+)
+from useg.data.annotations.rasterize import Drawing
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
 
@@ -99,3 +105,19 @@ def test_yaml_files_without_names_are_skipped_even_if_they_are_invalid_or_large(
     write_file(tmp_path / "b.yaml", "names: [é" + "é" * 500_000)
     with pytest.raises(DataError, match=r"b.yaml' has more than 1,000,000 bytes"):
         read_class_names(sorted(tmp_path.iterdir()))
+
+
+def test_an_image_that_many_rows_name_is_looked_up_once(tmp_path, monkeypatch):
+    image, lookups = write_photo(tmp_path / "a.jpg"), []
+    reading = Reading(tmp_path, [image])
+    look_up = reading._find
+
+    def count(entry):
+        lookups.append(entry)
+        return look_up(entry)
+
+    monkeypatch.setattr(reading, "_find", count)
+    for name in ("a.jpg", "b.jpg", "a.jpg", "b.jpg"):
+        entry = AnnotatedImage(tmp_path / "a.csv", name, Drawing((), (0, 0)))
+        assert reading.find(entry) == (image if name == "a.jpg" else None)
+    assert len(lookups) == 2

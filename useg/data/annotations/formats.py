@@ -188,6 +188,7 @@ class Reading:
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
         self._sizes: dict[Path, tuple[int, int]] = {}
+        self._found: dict[tuple[object, ...], Path | None] = {}
         for image in images:
             self._by_name[image.name.casefold()].append(image)
             self._by_stem[image.stem.casefold()].append(image)
@@ -234,6 +235,12 @@ class Reading:
         Raises:
             DataError: Several images agree equally well.
         """
+        key = entry.file, entry.image, entry.others, entry.split
+        if key not in self._found:
+            self._found[key] = self._find(entry)
+        return self._found[key]
+
+    def _find(self, entry: AnnotatedImage) -> Path | None:
         named = PurePosixPath(entry.image.replace("\\", "/")).parts
         name = named[-1] if named else ""
         candidates = next(filter(None, map(self._named, (name, unquote(name), *entry.others))), [])

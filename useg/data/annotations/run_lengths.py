@@ -232,13 +232,15 @@ def _reach_borders_from_zero(
     """Return whether runs begin and end at the borders of images only if they count from 0."""
     counts = [0, 0]
     for name, listed in found.items():
-        size = reading.size(entries[name]) if listed else (1, 1)
-        for _, runs in listed:
-            if runs.sum(0).max() > size[0] * size[1]:
-                return False
-            ends = np.concatenate([runs[0] - 1, runs.sum(0) - 1])
-            for first in (0, 1):
-                counts[first] += int(((ends + 1 - first) % size[int(by_columns)] == 0).sum())
+        if not listed:
+            continue
+        size = reading.size(entries[name])
+        runs = np.concatenate([runs for _, runs in listed], axis=1)
+        if runs.sum(0).max() > size[0] * size[1]:
+            return False
+        ends = np.concatenate([runs[0] - 1, runs.sum(0) - 1])
+        for first in (0, 1):
+            counts[first] += int(((ends + 1 - first) % size[int(by_columns)] == 0).sum())
     return counts[0] >= _MIN_AT_BORDER and counts[0] > _MIN_BORDER_GAIN * counts[1]
 
 
