@@ -22,8 +22,8 @@ from useg.data.dataset import (
     read_label,
 )
 from useg.data.layouts import find_dataset
-from useg.data.names import name_files
-from useg.data.pairing import match_lists, strip_role_words
+from useg.data.names import name_files, strip_role_words
+from useg.data.pairing import match_lists
 from useg.data.schemes import TABLES_BY_NAME
 from useg.errors import DataError
 

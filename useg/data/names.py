@@ -45,6 +45,16 @@ MASK_WORDS = frozenset(
     ]
 )
 
+# Words that say what a file is, not which image it belongs to: 'road_7_mask' and 'road_7',
+# 'img_001' and 'mask_001', the names of Cityscapes and ISIC.
+_ROLE_WORDS = (
+    "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids"
+    "|labelcsids|labelcstrainids|labellevel3ids|lbl|lab|seg|segm"
+    "|segmentation|gt|gtfine|groundtruth|truth|annotation|annot|anno|ann|target|volume|stack|l"
+)
+_ROLE_SUFFIX = re.compile(rf"[_\-. ](?:{_ROLE_WORDS})$", re.IGNORECASE)
+_ROLE_PREFIX = re.compile(rf"^(?:{_ROLE_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
+
 # Brush masks of Label Studio.
 BRUSH_MASK_NAME = re.compile(
     r"task-(?P<task>[0-9]+)-annotation-(?P<annotation>[0-9]+)-by-.*?-tag-(?P<name>.+)-[0-9]+",
@@ -188,6 +198,17 @@ def plain_stem(path: Path) -> str:
     while (inner := Path(stem)).suffix.casefold() in _INNER_SUFFIXES and inner.stem:
         stem = inner.stem
     return stem
+
+
+def strip_role_words(key: str) -> str:
+    """Remove the words that say what a file is: ``city/a_gtFine_labelIds`` -> ``city/a``.
+
+    A file name never becomes empty.
+    """
+    folder, slash, stem = key.rpartition("/")
+    while (shorter := _ROLE_SUFFIX.sub("", stem)) not in ("", stem):
+        stem = shorter
+    return folder + slash + (_ROLE_PREFIX.sub("", stem) or stem).casefold()
 
 
 def role_of_words(found: Collection[str]) -> str:

@@ -29,7 +29,7 @@ from useg.data.duplicates import (
     is_quick_to_compare,
 )
 from useg.data.layouts import find_dataset
-from useg.data.pairing import strip_role_words
+from useg.data.names import strip_role_words
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import natural_key
 from useg.images.formats import ALL_PAGES
