@@ -69,9 +69,9 @@ def test_objects_with_a_gap_of_at_most_a_pixel_count_as_touching(gap: int, expec
     assert share_touching(objects) == share_touching(objects.T) == expected
 
 
-def test_specks_have_less_than_half_the_pixels_of_a_small_object() -> None:
+def test_specks_are_smaller_than_a_fifth_of_a_typical_object_and_than_most_small_ones() -> None:
     first, second = np.zeros((2, 40, 60), np.uint16)
-    # 60 objects of 20 to 79 pixels: 1 % are smaller than 20.59.
+    # 60 objects of 20 to 60 pixels.
     for k in range(60):
         place = (first, second)[k % 2]
         place[k // 2, : 20 + k] = k + 1
@@ -80,7 +80,12 @@ def test_specks_have_less_than_half_the_pixels_of_a_small_object() -> None:
     areas = np.concatenate([np.bincount(each.ravel())[1:] for each in (first, second)])
     areas = areas[areas > 0]
     found = ObjectStatistics.of([first, second])
-    assert found.min_pixels == int(np.percentile(areas, 1) / 2) == 10
+    assert found.min_pixels == int(np.median(areas) / 5) == 9
+    tiny = np.zeros_like(first)
+    tiny[::2, ::6] = np.arange(200).reshape(20, 10) + 1
+    assert ObjectStatistics.of([first, second, tiny]).min_pixels == 0
+    tiny[1::2, ::6] = tiny[::2, ::6]
+    assert ObjectStatistics.of([first, first, second, second, tiny[:, :7]]).min_pixels == 2
     # The typical side is the middle one of the images.
     sides = [
         np.median(np.unique(each[each > 0], return_counts=True)[1]) ** 0.5
@@ -149,8 +154,8 @@ def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:
     changes = {"train.steps": 1, "data.crop": (32, 32), "model.width": 2, "model.depth": 1}
     changes |= {"data.scale": 1.0}
     fit(dataset, tmp_path / "run", Settings().with_(changes))
-    # The smallest objects have 10 x 10 pixels.
-    assert load(tmp_path / "run").min_object_pixels == 50
+    # A fifth of the typical ones, of 10 x 11 pixels.
+    assert load(tmp_path / "run").min_object_pixels == 22
     assert load(tmp_path / "run").object_side == pytest.approx(110**0.5, abs=1e-3)
     plain = {**changes, "model.objects": False}
     fit(dataset, tmp_path / "plain", Settings().with_(plain))

@@ -59,7 +59,7 @@ def test_without_a_valley_a_region_is_one_object() -> None:
 def test_parts_that_are_tiny_do_not_split_an_object() -> None:
     levels = np.ones((20, 40), np.uint8)
     levels[5:15, 5:15] = 8
-    levels[5, 30:39] = 8
+    levels[5, 30:35] = 8
     assert number(levels)[1] == 1
     levels[6, 30:39] = 8
     assert number(levels)[1] == 2
@@ -156,7 +156,7 @@ def number_by_hand(inside: NDArray[np.bool_], depth: NDArray[np.float32]) -> NDA
         parts, count = ndimage.label(inside & (depth > np.log(cut / (1 - cut))))
         owner = np.zeros(count + 1, int)
         owner[parts] = seeds
-        owner[np.bincount(parts.ravel(), minlength=count + 1) < 10] = owner[0] = 0
+        owner[np.bincount(parts.ravel(), minlength=count + 1) < 6] = owner[0] = 0
         is_split = np.bincount(owner, minlength=seeds.max() + 1) > 1
         is_split[0] = False
         fresh = np.where(is_split[owner], seeds.max() + np.arange(count + 1), 0)

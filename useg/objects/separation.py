@@ -32,7 +32,7 @@ from useg.classes import Label
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 # A smaller part of a region does not become a separate object.
-MIN_PART_PIXELS = 10
+MIN_PART_PIXELS = 6
 
 # Maximum growth of seeds. Pixels that they do not reach become separate objects.
 MAX_GROWTH_PIXELS = 128
@@ -55,9 +55,9 @@ Stored = Any
 ObjectIds = NDArray[Any]
 # Objects at most this number of pixels apart count as touching: a network joins them, too.
 MAX_GAP_PIXELS = 1
-# Found objects are specks if they have fewer pixels than this share of a small object: of the
-# training objects, this percentage is smaller.
-SPECK_SHARE, SMALL_PERCENT = 0.5, 1
+# Found objects are specks if they are smaller than this share of the middle training object, and
+# smaller than all training objects but this percentage.
+SPECK_SHARE, SMALL_PERCENT = 0.2, 1
 # Depths are stored in a byte.
 _MAX_DEPTH = 255
 
@@ -163,11 +163,16 @@ def measure_min_pixels(areas: Iterable[NDArray[Any]]) -> int:
     Args:
         areas: The pixels of each true object, ``(n,)`` for each image.
 
-    >>> measure_min_pixels([np.array([4, 4])])
-    2
+    >>> measure_min_pixels([np.array([30, 50]), np.array([50])])
+    10
+    >>> measure_min_pixels([np.array([5, 5, 50, 50, 50])])
+    5
     """
     found = np.concatenate([np.zeros(0, np.int64), *areas])
-    return int(SPECK_SHARE * np.percentile(found, SMALL_PERCENT)) if found.size else 0
+    if not found.size:
+        return 0
+    small, middle = np.percentile(found, (SMALL_PERCENT, 50))
+    return int(min(small, SPECK_SHARE * middle))
 
 
 def find_levels(
