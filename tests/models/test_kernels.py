@@ -426,16 +426,11 @@ def test_products_of_any_number_of_pixels_and_channels_are_exact_to_rounding() -
         weight = features(D, C, 1, 1, seed=3).float()
         y, of_x, of_weight = (torch.empty_like(each) for each in (g, x, weight))
         sizes = (ctypes.c_int64 * 3)(pixels, C, D)
-        to_x, to_g, to_added, to_weight, to_y, to_of_x, to_of_weight = (
-            ctypes.c_void_p(each.data_ptr()) for each in (x, g, added, weight, y, of_x, of_weight)
-        )
-        # Nothing is normalised, and gradients are not converted.
-        unchanged, none = (ctypes.c_void_p * 4)(), (None, None, None)
-        assert not loaded.useg_pointwise_forward(sizes, *none, to_x, to_weight, to_y)
-        assert not loaded.useg_pointwise_backward(
-            *(sizes, unchanged, to_g, to_g, to_x, to_weight, to_added, to_of_x, to_of_weight),
-            *none,
-        )
+        for compute, tensors in (
+            (loaded.useg_pointwise_forward, (x, weight, y)),
+            (loaded.useg_pointwise_backward, (x, weight, g, added, of_x, of_weight)),
+        ):
+            assert not compute(sizes, *(ctypes.c_void_p(each.data_ptr()) for each in tensors))
         rows, of_rows = (each[0, :, 0].T.double() for each in (x, g))
         matrix = weight[:, :, 0, 0].double()
         assert difference(y[0, :, 0].T, rows @ matrix.T) < CLOSE

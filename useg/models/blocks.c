@@ -81,13 +81,10 @@ int useg_blocks_forward(const block *blocks, int64_t number, const bf16 *x, bf16
     for (const block *b = blocks; b < blocks + number && !failed; b++) {
         const features f = find_features(b, x, &memory);
         const pointwise wide = expansion(b), narrow = projection(b);
-        failed = (b->weights[0]
-                  && useg_pointwise_forward(&wide, NULL, b->norms, NULL, (bf16 *)x, b->weights[0],
-                                            f.hidden))
-            || useg_filter(&b->filter, norm_before(b), b->norms + 1, f.hidden, b->weights[1],
-                           f.filtered)
-            || useg_pointwise_forward(&narrow, b->norms + 1, NULL, f.filtered, f.normalized,
-                                      b->weights[2], f.projected)
+        failed = (b->weights[0] && useg_pointwise_forward(&wide, x, b->weights[0], f.hidden))
+            || useg_filter_forward(&b->filter, norm_before(b), b->norms + 1, f.hidden,
+                                   b->weights[1], f.filtered, f.normalized)
+            || useg_pointwise_forward(&narrow, f.normalized, b->weights[2], f.projected)
             || useg_norm_forward(b->norms + 2, f.projected, b->is_sum ? x : NULL, f.y,
                                  narrow.pixels, b->out_channels);
         x = f.y;
@@ -103,34 +100,16 @@ static int lead_through(const block *b, const bf16 *x, const features *f, const 
     bf16 *of_projected = take(&memory, narrow.pixels * b->out_channels);
     bf16 *of_normalized = take(&memory, narrow.pixels * b->filter.channels);
     bf16 *of_hidden = b->weights[0] ? take(&memory, wide.pixels * b->filter.channels) : gx;
-    const int64_t C = b->filter.channels, D = b->out_channels;
-    /* What set_gradients gives of each normalisation. */
-    float *slopes = malloc((4 * C + 2 * D) * sizeof *slopes);
-    double *totals = calloc(2 * C, sizeof *totals);
-    float *const filtered_slopes = slopes + 2 * C, *const projected_slopes = slopes + 4 * C;
-    const conversion to_hidden = {norm_before(b), f->hidden, slopes, slopes + C};
-    const conversion to_filtered = {b->norms + 1, f->filtered, filtered_slopes,
-                                    filtered_slopes + C};
-    const conversion to_projected = {b->norms + 2, f->projected, projected_slopes,
-                                     projected_slopes + D};
-    int failed = !slopes || !totals
-        || measure_gradients(b->norms + 2, f->projected, g, narrow.pixels, D, projected_slopes,
-                             projected_slopes + D)
-        || useg_pointwise_backward(&narrow, &to_projected, g, of_projected, f->normalized,
-                                   b->weights[2], NULL, of_normalized, b->weight_gradients[2],
-                                   b->norms + 1, f->filtered, totals);
-    if (!failed)
-        set_gradients(b->norms + 1, C, narrow.pixels, totals, totals + C, filtered_slopes,
-                      filtered_slopes + C);
-    failed = failed
-        || useg_filter_gradients(&b->filter, norm_before(b), &to_filtered, f->hidden,
-                                 b->weights[1], of_normalized, of_hidden, b->weight_gradients[1],
-                                 slopes, slopes + C)
+    return useg_norm_backward(b->norms + 2, f->projected, g, of_projected, narrow.pixels,
+                              b->out_channels)
+        || useg_pointwise_backward(&narrow, f->normalized, b->weights[2], of_projected, NULL,
+                                   of_normalized, b->weight_gradients[2])
+        || useg_filter_backward(&b->filter, norm_before(b), b->norms + 1, f->hidden,
+                                b->weights[1], f->filtered, of_normalized, of_hidden,
+                                b->weight_gradients[1])
         || (b->weights[0]
-            && useg_pointwise_backward(&wide, &to_hidden, of_hidden, of_hidden, x, b->weights[0],
-                                       added, gx, b->weight_gradients[0], NULL, NULL, NULL));
-    free(slopes), free(totals);
-    return failed;
+            && useg_pointwise_backward(&wide, x, b->weights[0], of_hidden, added, gx,
+                                       b->weight_gradients[0]));
 }
 
 /* The first convolution adds another gradient of x. There is one at most, and without it none. */

@@ -237,13 +237,15 @@ static void forward_part(const sizes *s, const part *p, const norm *before, cons
                       sums.second + at);
 }
 
-int useg_filter(const sizes *s, const norm *before, const norm *after, const bf16 *x,
-                const float *weight, bf16 *filtered) {
+/* ``filtered`` is kept for the backward pass. Without ``after``, it is the result. */
+int useg_filter_forward(const sizes *s, const norm *before, const norm *after, const bf16 *x,
+                        const float *weight, bf16 *filtered, bf16 *y) {
     const int64_t C = s->channels, pixels = s->images * s->out_height * s->out_width;
     const division d = divide(s);
     float *packed = pack(weight, C, s->kernel * s->kernel);
     double *m = malloc(s->images * d.strips * 4 * C * sizeof *m);
-    int64_t failed = !packed || !m;
+    int64_t failed = !packed || !m
+        || (before && measure(before, x, s->images * s->height * s->width, C));
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed) if (!failed)
     for (int64_t number = 0; number < (failed ? 0 : d.number); number++) {
         const part p = find_part(s, &d, number);
@@ -253,18 +255,12 @@ int useg_filter(const sizes *s, const norm *before, const norm *after, const bf1
         else failed += 1;
         free(memory);
     }
-    if (after && !failed) set_moments(after, C, pixels, m, s->images * d.strips);
+    if (after && !failed) {
+        set_moments(after, C, pixels, m, s->images * d.strips);
+        failed = apply(after, filtered, NULL, y, pixels, C);
+    }
     free(packed), free(m);
     return failed;
-}
-
-/* ``filtered`` is kept for the backward pass. Without ``after``, it is the result. */
-int useg_filter_forward(const sizes *s, const norm *before, const norm *after, const bf16 *x,
-                        const float *weight, bf16 *filtered, bf16 *y) {
-    const int64_t C = s->channels, pixels = s->images * s->out_height * s->out_width;
-    return (before && measure(before, x, s->images * s->height * s->width, C))
-        || useg_filter(s, before, after, x, weight, filtered)
-        || (after && apply(after, filtered, NULL, y, pixels, C));
 }
 
 /* ---------------------------------------------------------------- backward */
@@ -437,48 +433,38 @@ static void add_strips(const sizes *s, int64_t strips, const float *gradients, d
         for (int64_t c = 0; c < 2 * C; c++) totals[c] += totals[strip * 2 * C + c];
 }
 
-int useg_filter_gradients(const sizes *s, const norm *before, const conversion *of_g, const bf16 *x,
-                          const float *weight, const bf16 *g, bf16 *gx, float *weight_gradient,
-                          float *slopes, float *constants) {
+int useg_filter_backward(const sizes *s, const norm *before, const norm *after, const bf16 *x,
+                         const float *weight, const bf16 *filtered, const bf16 *g, bf16 *gx,
+                         float *weight_gradient) {
     const int64_t C = s->channels, taps = s->kernel * s->kernel;
+    const int64_t pixels = s->images * s->height * s->width;
     const division d = divide(s);
     const int64_t strips = s->images * d.strips;
-    float *packed = pack(weight, C, taps);
+    float *packed = pack(weight, C, taps), *slopes = malloc(2 * C * sizeof *slopes);
+    float *constants = slopes + C;
     float *gradients = allocate_zeros(strips * C * taps * sizeof *gradients);
     double *totals = calloc(strips * 2 * C, sizeof *totals);
-    int64_t failed = !packed || !gradients || !totals;
+    int64_t failed = !packed || !slopes || !gradients || !totals
+        || (after
+            && measure_gradients(after, filtered, g, s->images * s->out_height * s->out_width, C,
+                                 slopes, constants));
+    const conversion of_g = {after, filtered, slopes, constants};
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed) if (!failed)
     for (int64_t number = 0; number < (failed ? 0 : d.number); number++) {
         const part p = find_part(s, &d, number);
         float *memory = allocate((rings_length(&p, s->width) + rings_length(&p, s->out_width)
                                   + s->width * MAX_VECTORS * LANES) * 4);
         if (memory)
-            backward_part(s, &p, before, of_g, x, packed, g, gx, memory,
+            backward_part(s, &p, before, &of_g, x, packed, g, gx, memory,
                           gradients + p.strip * C * taps, totals + p.strip * 2 * C);
         else failed += 1;
         free(memory);
     }
     if (!failed) add_strips(s, strips, gradients, totals, weight_gradient);
-    if (!failed && before)
-        set_gradients(before, C, s->images * s->height * s->width, totals, totals + C, slopes,
-                      constants);
-    free(packed), free(gradients), free(totals);
-    return failed;
-}
-
-int useg_filter_backward(const sizes *s, const norm *before, const norm *after, const bf16 *x,
-                         const float *weight, const bf16 *filtered, const bf16 *g, bf16 *gx,
-                         float *weight_gradient) {
-    const int64_t C = s->channels, pixels = s->images * s->height * s->width;
-    float *slopes = malloc(4 * C * sizeof *slopes), *constants = slopes + C;
-    const conversion of_g = {after, filtered, slopes + 2 * C, slopes + 3 * C};
-    int failed = !slopes
-        || (after
-            && measure_gradients(after, filtered, g, s->images * s->out_height * s->out_width, C,
-                                 slopes + 2 * C, slopes + 3 * C))
-        || useg_filter_gradients(s, before, &of_g, x, weight, g, gx, weight_gradient, slopes,
-                                 constants)
-        || (before && apply_gradients(before, x, gx, gx, pixels, C, slopes, constants));
-    free(slopes);
+    if (!failed && before) {
+        set_gradients(before, C, pixels, totals, totals + C, slopes, constants);
+        failed = apply_gradients(before, x, gx, gx, pixels, C, slopes, constants);
+    }
+    free(packed), free(slopes), free(gradients), free(totals);
     return failed;
 }

@@ -357,34 +357,20 @@ static void sum_all(const norm *n, const bf16 *x, const bf16 *g, layout a, int64
     }
 }
 
-/* The moments of x (pixels, channels), as write_moments writes them; returns 1 if there is no
-   memory. */
-static int sum_moments(const norm *n, const bf16 *x, int64_t pixels, int64_t channels,
-                       double *part) {
-    layout a = lay_out(pixels, channels);
-    float *memory = allocate((2 * a.chunks + 1) * a.length * sizeof *memory);
-    if (!memory) return 1;
-    for (int64_t c = 0; c < channels; c++) {
-        memory[c] = load1(x + c);
-        part[c] = pixels, part[channels + c] = memory[c];
-    }
-    for (int64_t k = channels; k < a.length; k++) memory[k] = memory[k - channels];
-    sum_all(n, x, NULL, a, channels, memory, NULL, NULL, memory + a.length, part + 2 * channels,
-            part + 3 * channels);
-    free(memory);
-    return 0;
-}
-
 /* Compute the statistics of x (pixels, channels); returns 1 if there is no memory. */
 static int measure(const norm *n, const bf16 *x, int64_t pixels, int64_t channels) {
-    double *part = malloc(4 * channels * sizeof *part);
-    int failed = !part || sum_moments(n, x, pixels, channels, part);
-    for (int64_t c = 0; c < channels && !failed; c++)
-        set_statistics(n, channels, c, pixels, part[channels + c], part[2 * channels + c],
-                       part[3 * channels + c]);
-    *n->tracked += !failed;
-    free(part);
-    return failed;
+    layout a = lay_out(pixels, channels);
+    float *memory = allocate((2 * a.chunks + 1) * a.length * sizeof *memory);
+    double *sums = malloc(2 * channels * sizeof *sums);
+    if (!memory || !sums) return free(memory), free(sums), 1;
+    for (int64_t c = 0; c < channels; c++) memory[c] = load1(x + c);
+    for (int64_t k = channels; k < a.length; k++) memory[k] = memory[k - channels];
+    sum_all(n, x, NULL, a, channels, memory, NULL, NULL, memory + a.length, sums, sums + channels);
+    for (int64_t c = 0; c < channels; c++)
+        set_statistics(n, channels, c, pixels, memory[c], sums[c], sums[channels + c]);
+    *n->tracked += 1;
+    free(memory), free(sums);
+    return 0;
 }
 
 /* y = activation(x * scale + offset + residual) */
@@ -423,10 +409,10 @@ static int apply(const norm *n, const bf16 *x, const bf16 *residual, bf16 *y, in
     return 0;
 }
 
-/* Add to the totals (2, channels): sums of the gradients that pass the activation, and of their
-   products with x - mean; returns 1 if there is no memory. */
-static int add_gradients_of(const norm *n, const bf16 *x, const bf16 *g, int64_t pixels,
-                            int64_t channels, double *totals) {
+/* Compute the gradients of weight and bias, and the slopes and constants of that of x, from the
+   gradient of the result; returns 1 if there is no memory. */
+static int measure_gradients(const norm *n, const bf16 *x, const bf16 *g, int64_t pixels,
+                             int64_t channels, float *slopes, float *constants) {
     layout a = lay_out(pixels, channels);
     float *memory = allocate((2 * a.chunks + 3) * a.length * sizeof *memory);
     double *sums = malloc(2 * channels * sizeof *sums);
@@ -437,21 +423,9 @@ static int add_gradients_of(const norm *n, const bf16 *x, const bf16 *g, int64_t
     repeat(n->statistics + 3 * channels, channels, a.length, offsets);
     sum_all(n, x, g, a, channels, shift, scales, offsets, offsets + a.length, sums,
             sums + channels);
-    for (int64_t c = 0; c < 2 * channels; c++) totals[c] += sums[c];
+    set_gradients(n, channels, pixels, sums, sums + channels, slopes, constants);
     free(memory), free(sums);
     return 0;
-}
-
-/* Compute the gradients of weight and bias, and the slopes and constants of that of x, from the
-   gradient of the result; returns 1 if there is no memory. */
-static int measure_gradients(const norm *n, const bf16 *x, const bf16 *g, int64_t pixels,
-                             int64_t channels, float *slopes, float *constants) {
-    double *totals = calloc(2 * channels, sizeof *totals);
-    int failed = !totals || add_gradients_of(n, x, g, pixels, channels, totals);
-    if (!failed)
-        set_gradients(n, channels, pixels, totals, totals + channels, slopes, constants);
-    free(totals);
-    return failed;
 }
 
 /* Compute the gradient of x; returns 1 if there is no memory. */

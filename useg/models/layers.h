@@ -30,25 +30,15 @@ int useg_norm_forward(const norm *n, const bf16 *x, const bf16 *residual, bf16 *
                       int64_t channels);
 int useg_norm_backward(const norm *n, const bf16 *x, const bf16 *g, bf16 *gx, int64_t pixels,
                        int64_t channels);
-/* Without the statistics of ``before``, which are known, and without applying ``after``. */
-int useg_filter(const sizes *s, const norm *before, const norm *after, const bf16 *x,
-                const float *weight, bf16 *filtered);
-/* The gradient of the result, ``g``, is converted on its way. That of x lacks what the statistics
-   of ``before`` contribute: slopes and constants tell. */
-int useg_filter_gradients(const sizes *s, const norm *before, const conversion *of_g, const bf16 *x,
-                          const float *weight, const bf16 *g, bf16 *gx, float *weight_gradient,
-                          float *slopes, float *constants);
-/* If ``before`` is not NULL, it normalises ``values``, which gives x. If ``after`` is not NULL, its
-   statistics are computed, of multiples of LANES channels. */
-int useg_pointwise_forward(const pointwise *s, const norm *before, const norm *after,
-                           const bf16 *values, bf16 *x, const float *weight, bf16 *y);
-/* The gradient of the result is ``g`` converted, which gives ``own_g``; without a conversion, both
-   are the same. ``added`` is added to that of x, if it is not NULL. If ``before`` is not NULL, it
-   has normalised ``values``, and what set_gradients needs is added to ``totals``. */
-int useg_pointwise_backward(const pointwise *s, const conversion *of_g, const bf16 *g, bf16 *own_g,
-                            const bf16 *x, const float *weight, const bf16 *added, bf16 *gx,
-                            float *weight_gradient, const norm *before, const bf16 *values,
-                            double *totals);
+int useg_filter_forward(const sizes *s, const norm *before, const norm *after, const bf16 *x,
+                        const float *weight, bf16 *filtered, bf16 *y);
+int useg_filter_backward(const sizes *s, const norm *before, const norm *after, const bf16 *x,
+                         const float *weight, const bf16 *filtered, const bf16 *g, bf16 *gx,
+                         float *weight_gradient);
+int useg_pointwise_forward(const pointwise *s, const bf16 *x, const float *weight, bf16 *y);
+int useg_pointwise_backward(const pointwise *s, const bf16 *x, const float *weight, const bf16 *g,
+                            const bf16 *added, bf16 *gx, float *weight_gradient);
+
 /* Convolve what ``before`` normalises, whose statistics are known, and compute those of ``after``;
    either may be NULL. */
 int useg_convolve(const convolution *s, const norm *before, const norm *after, const bf16 *x,

@@ -8,9 +8,9 @@
    As convolutions.c, this is for processors that multiply bf16 numbers in vectors, but not
    matrices. */
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-
 #include "layers.h"
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 
 /* Pixels multiplied by one thread at once: a multiple of the rows of every tile. */
 #define PANEL 48
@@ -150,32 +150,32 @@ INLINE void add_gradients(const bf16 *g, const bf16 *x, int64_t pairs, int64_t l
     }
 }
 
-/* The pixels of a part: it stays in the cache while all passes go through it. */
-static int64_t part_length(const pointwise *s) {
-    const int64_t vectors = count_vectors(s->channels) + count_vectors(s->out_channels);
-    return MAX(128, PART_BYTES / (2 * LANES * vectors) / 2 * 2);
-}
-
-/* Add to the gradient of the weights (D, C) that of some pixels, or write it. Each number is the
-   sum over all pixels in their order, whatever the number of threads. */
-static void sum_gradients(int64_t C, int64_t D, const bf16 *x, const bf16 *g, int64_t number,
-                          int is_first, bf16 *packed, float *gradient) {
-    const int64_t of_x = count_vectors(C), of_g = count_vectors(D), pairs = (number + 1) / 2;
-    bf16 *packed_g = packed + of_x * pairs * 2 * LANES;
+/* The gradient of the weights (D, C). Each number is the sum over all pixels in their order,
+   whatever the number of threads. */
+static int sum_gradients(const pointwise *s, const bf16 *x, const bf16 *g, float *gradient) {
+    const int64_t C = s->channels, D = s->out_channels;
+    const int64_t of_x = count_vectors(C), of_g = count_vectors(D);
+    const int64_t part = MAX(128, PART_BYTES / (2 * LANES * (of_x + of_g)) / 2 * 2);
+    const int64_t length = MIN(part, s->pixels + 1) / 2 * 2 * LANES;
+    bf16 *packed = allocate(length * (of_x + of_g) * sizeof *packed);
+    if (!packed) return 1;
+    bf16 *packed_g = packed + length * of_x;
 #pragma omp parallel
-    {
+    for (int64_t p = 0; p < s->pixels; p += part) {
+        const int64_t number = MIN(part, s->pixels - p), pairs = (number + 1) / 2;
 #pragma omp for schedule(static)
         for (int64_t v = 0; v < of_x + of_g; v++)
-            if (v < of_x) pack_pixels(x, number, C, v, packed + v * pairs * 2 * LANES);
-            else pack_pixels(g, number, D, v - of_x, packed_g + (v - of_x) * pairs * 2 * LANES);
+            if (v < of_x) pack_pixels(x + p * C, number, C, v, packed + v * pairs * 2 * LANES);
+            else
+                pack_pixels(g + p * D, number, D, v - of_x,
+                            packed_g + (v - of_x) * pairs * 2 * LANES);
 #pragma omp for collapse(2) schedule(static)
         for (int64_t d = 0; d < D; d += 8)
             for (int64_t v = 0; v < of_x; v += WIDE) {
                 const bf16 *own_g = packed_g + (d / LANES * pairs * LANES + d % LANES) * 2;
                 const bf16 *own = packed + v * pairs * 2 * LANES;
                 float *out = gradient + d * C + v * LANES;
-#define CALL(VECTORS)                                                                              \
-    add_gradients(own_g, own, pairs, C - v * LANES, C, out, is_first, 8, VECTORS)
+#define CALL(VECTORS) add_gradients(own_g, own, pairs, C - v * LANES, C, out, !p, 8, VECTORS)
                 switch (MIN(WIDE, of_x - v)) {
                 case 1: CALL(1); break;
                 case 2: CALL(2); break;
@@ -184,55 +184,41 @@ static void sum_gradients(int64_t C, int64_t D, const bf16 *x, const bf16 *g, in
 #undef CALL
             }
     }
+    free(packed);
+    return 0;
 }
 
-int useg_pointwise_forward(const pointwise *s, const norm *before, const norm *after,
-                           const bf16 *values, bf16 *x, const float *weight, bf16 *y) {
-    const int64_t C = s->channels, D = s->out_channels, length = part_length(s);
-    const int64_t parts = (s->pixels + length - 1) / length;
+int useg_pointwise_forward(const pointwise *s, const bf16 *x, const float *weight, bf16 *y) {
+    const int64_t C = s->channels, D = s->out_channels;
     bf16 *packed = allocate(count_vectors(D) * LANES * C * sizeof *packed);
-    double *m = malloc(parts * 4 * D * sizeof *m);
-    int failed = !packed || !m;
-    if (!failed) pack(weight, D, C, packed);
-    for (int64_t p = 0; p < s->pixels && !failed; p += length) {
-        const int64_t number = MIN(length, s->pixels - p);
-        failed = before && apply(before, values + p * C, NULL, x + p * C, number, C);
-        multiply_pixels(x + p * C, number, C, packed, D, NULL, y + p * D);
-        failed |= after && sum_moments(after, y + p * D, number, D, m + p / length * 4 * D);
-    }
-    if (after && !failed) set_moments(after, D, s->pixels, m, parts);
-    free(packed), free(m);
-    return failed;
+    if (!packed) return 1;
+    pack(weight, D, C, packed);
+    multiply_pixels(x, s->pixels, C, packed, D, NULL, y);
+    free(packed);
+    return 0;
 }
 
-int useg_pointwise_backward(const pointwise *s, const conversion *of_g, const bf16 *g, bf16 *own_g,
-                            const bf16 *x, const float *weight, const bf16 *added, bf16 *gx,
-                            float *weight_gradient, const norm *before, const bf16 *values,
-                            double *totals) {
-    const int64_t C = s->channels, D = s->out_channels, length = part_length(s);
-    const int64_t vectors = count_vectors(C) + count_vectors(D);
+/* ``added`` is added to the gradient of x, if it is not NULL. */
+int useg_pointwise_backward(const pointwise *s, const bf16 *x, const float *weight, const bf16 *g,
+                            const bf16 *added, bf16 *gx, float *weight_gradient) {
+    const int64_t C = s->channels, D = s->out_channels;
     bf16 *packed = allocate(count_vectors(C) * LANES * D * sizeof *packed);
-    bf16 *pairs = allocate((MIN(length, s->pixels) + 1) * vectors * LANES * sizeof *pairs);
-    int failed = !packed || !pairs;
-    if (!failed) pack_transposed(weight, D, C, packed);
-    for (int64_t p = 0; p < s->pixels && !failed; p += length) {
-        const int64_t number = MIN(length, s->pixels - p);
-        if (of_g->n)
-            failed = apply_gradients(of_g->n, of_g->values + p * D, g + p * D, own_g + p * D,
-                                     number, D, of_g->slopes, of_g->constants);
-        multiply_pixels(own_g + p * D, number, D, packed, C, added ? added + p * C : NULL,
-                        gx + p * C);
-        sum_gradients(C, D, x + p * C, own_g + p * D, number, !p, pairs, weight_gradient);
-        failed |= before
-            && add_gradients_of(before, values + p * C, gx + p * C, number, C, totals);
-    }
-    free(packed), free(pairs);
-    return failed;
+    if (!packed) return 1;
+    pack_transposed(weight, D, C, packed);
+    multiply_pixels(g, s->pixels, D, packed, C, added, gx);
+    free(packed);
+    return sum_gradients(s, x, g, weight_gradient);
 }
 
 #else
 
-int useg_pointwise_forward(void) { return 1; }
-int useg_pointwise_backward(void) { return 1; }
+int useg_pointwise_forward(const pointwise *s, const bf16 *x, const float *weight, bf16 *y) {
+    return 1;
+}
+
+int useg_pointwise_backward(const pointwise *s, const bf16 *x, const float *weight, const bf16 *g,
+                            const bf16 *added, bf16 *gx, float *weight_gradient) {
+    return 1;
+}
 
 #endif
