@@ -91,7 +91,8 @@ def kind(event):
         return f"convolution {layer} " + ("backward" if "backward" in name else "forward")
     way = "backward" if "ackward" in name else "forward"
     for part, words in {
-        "depthwise convolution, with normalization": ("_Filter",),
+        "blocks of the encoder, compiled": ("_Blocks",),
+        "expanding path, compiled": ("_Levels", "_NormalizedConvolution", "_RepeatedConvolution"),
         "normalization and activation": ("batch_norm", "_NormActivation", "hardtanh", "threshold",
                                          "clamp"),
         "loss": ("softmax", "nll", "_Loss", "gather", "scatter"),
