@@ -17,9 +17,9 @@ those that it was trained on. `carla` is judged on other towns, lights and weath
 renderer; `camvid 0006R0` on that recording; `cells d1` on laboratory 1 after training on laboratory
 2. Each recipe takes as many steps as two idle cores reach in two minutes, the earlier one at its
 own speed. It changes no colours and exposures, and zooms less. segmentation_models.pytorch has the
-same ImageNet weights, the loss and the rate of its CamVid example, and at the earlier speed as many
-steps of as many pixels, for which it needs about four times as long. [Trials behind the
-plan](plan_trials.md) has other runs."""
+same ImageNet weights, the loss and the rate of its CamVid example, and as many pixels in its steps,
+for which it needs two and a half times as long. [Trials behind the plan](plan_trials.md) has other
+runs."""
 LABELLING = """\
 A script uses the page of `useg label` in Chromium. In each image it paints five strokes per class,
 clicks to accept correct regions of the suggestion, and paints 24 strokes in the largest remaining
