@@ -31,6 +31,9 @@ _MIN_SAME_OBJECT = 0.5
 # Masks that together cover this share of every image are one per class.
 _MIN_FULL_COVER = 0.99
 
+# What masks mark at the points of a grid, for a few images.
+_Marked = list[list[NDArray[np.bool_]]]
+
 
 def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
     """Pair each image with a folder of masks, one per object: ``ID/images/ID.png``, ``ID/masks/``.
@@ -63,10 +66,12 @@ def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | Non
         or 2 * covered < len(paths)
         or any(_has_own_mask(image, masks) for image, _, masks in places)
         or is_photograph(several[0][0])
-        or _cover_everything(several)
     ):
         return None
-    _refuse_opinions(several)
+    marked = _read_marked(several)
+    if _cover_everything(several, marked):
+        return None
+    _refuse_opinions(several, marked)
     pairs = (
         Pair(image, folder, find_official_split(image, root), truth=Instances(tuple(masks)))
         for image, folder, masks in places
@@ -81,7 +86,7 @@ def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | Non
     )
 
 
-def _read_marked(several: Sequence[Sequence[Path]]) -> list[list[NDArray[np.bool_]]]:
+def _read_marked(several: Sequence[Sequence[Path]]) -> _Marked:
     """Return what a few masks of a few images mark, at the points of a grid."""
     found = []
     for masks in pick_evenly(several, _NUM_COMPARED_IMAGES):
@@ -94,17 +99,15 @@ def _read_marked(several: Sequence[Sequence[Path]]) -> list[list[NDArray[np.bool
     return found
 
 
-def _cover_everything(several: Sequence[Sequence[Path]]) -> bool:
+def _cover_everything(several: Sequence[Sequence[Path]], marked: _Marked) -> bool:
     """Return whether the masks of an image cover it, as one mask per class and background does."""
     return all(
-        marked and len(masks) <= _NUM_COMPARED_MASKS and np.any(marked, 0).mean() >= _MIN_FULL_COVER
-        for masks, marked in zip(
-            pick_evenly(several, _NUM_COMPARED_IMAGES), _read_marked(several), strict=True
-        )
+        each and len(masks) <= _NUM_COMPARED_MASKS and np.any(each, 0).mean() >= _MIN_FULL_COVER
+        for masks, each in zip(pick_evenly(several, _NUM_COMPARED_IMAGES), marked, strict=True)
     )
 
 
-def _refuse_opinions(several: Sequence[Sequence[Path]]) -> None:
+def _refuse_opinions(several: Sequence[Sequence[Path]], marked: _Marked) -> None:
     """Refuse several masks of each image that show the same objects, as those of annotators do.
 
     Raises:
@@ -112,8 +115,8 @@ def _refuse_opinions(several: Sequence[Sequence[Path]]) -> None:
     """
     shares = [
         int((one & other).sum()) / union
-        for marked in _read_marked(several)
-        for one, other in zip(marked[1:], marked[:-1], strict=True)
+        for each in marked
+        for one, other in zip(each[1:], each[:-1], strict=True)
         if (union := int((one | other).sum()))
     ]
     if shares and (overlap := float(np.median(shares))) >= _MIN_SAME_OBJECT:
@@ -163,8 +166,9 @@ def join_masks(
                 f"one image has several masks ({listed}) with more than two values, so they cannot "
                 "be joined; choose those that count in a dataset.toml"
             )
-    _refuse_opinions(several)
-    if _cover_everything(several):
+    marked = _read_marked(several)
+    _refuse_opinions(several, marked)
+    if _cover_everything(several, marked):
         listed = ", ".join(f"'{path}'" for path in several[0][:_NUM_NAMED])
         raise DataError(
             f"the masks of each image, such as {listed}, together cover all of it, so they seem to "
