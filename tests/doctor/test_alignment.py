@@ -15,9 +15,11 @@ from made_doctor import (
     edit_picture,
     exchange_masks,
     find_file,
+    make_blobs,
     roll,
     save_picture,
     shift_one_mask,
+    write_cells,
 )
 
 from useg.doctor.alignment import (
@@ -28,6 +30,7 @@ from useg.doctor.alignment import (
     shift_change,
     shift_label,
 )
+from useg.reporting.inspection import inspect_dataset
 from useg.scenes.scene import make_scene
 
 
@@ -113,3 +116,23 @@ def test_boundaries_are_unsupported_only_where_the_image_is_flat() -> None:
     marked = find_unsupported_boundaries(image, codes)
     assert marked[:, 30].all()
     assert not marked[:, 20].any()
+
+
+def test_masks_that_all_belong_to_other_images_are_found(tmp_path: Path) -> None:
+    root = write_cells(tmp_path, 12)
+    paths = sorted((root / "masks").iterdir())
+    masks = [path.read_bytes() for path in paths]
+    for path, mask in zip(paths, [*masks[1:], masks[0]], strict=True):
+        path.write_bytes(mask)
+    errors = [each for each in inspect_dataset(root).findings if each.severity == "error"]
+    assert [each.kind for each in errors] == ["masks of other images"]
+    image, mask_path = errors[0].files
+    assert image.stem == paths[(paths.index(mask_path) + 1) % len(paths)].stem
+
+
+def test_masks_without_any_relation_to_images_are_reported(tmp_path: Path) -> None:
+    root = write_cells(tmp_path, 12)
+    for k, path in enumerate(sorted((root / "masks").iterdir())):
+        save_picture(path, make_blobs(700 + k)[1])
+    kinds = {each.kind: each.severity for each in inspect_dataset(root).findings}
+    assert kinds["masks fit no images"] == "warning"

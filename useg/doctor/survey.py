@@ -58,6 +58,7 @@ CHECKS: tuple[Check, ...] = (
     stored_values.check_inverted_masks,
     alignment.check_common_shift,
     alignment.check_common_turn,
+    alignment.check_exchanged_masks,
     alignment.check_single_masks,
     leaks.check_duplicates,
     leaks.check_exposure,
@@ -75,6 +76,7 @@ CHECKS: tuple[Check, ...] = (
 _EDGE_CHECKS = (
     alignment.check_common_shift,
     alignment.check_common_turn,
+    alignment.check_exchanged_masks,
     alignment.check_single_masks,
 )
 
