@@ -18,10 +18,10 @@ from useg.inference import adapt
 from useg.models.segmenter import Segmenter, load_model, save_model
 
 
-def made_model(*, normalize: bool = True) -> Segmenter:
+def made_model(*, normalize: bool = True, objects: bool = False) -> Segmenter:
     torch.manual_seed(0)
     network = {"encoder": "plain", "width": 4, "depth": 2, "padding": "same", "channels": 3}
-    network |= {"classes": 3, "normalize": normalize}
+    network |= {"classes": 3, "normalize": normalize, "objects": objects}
     classes = ClassTable(("a", "b", "c"))
     return Segmenter(network, classes, [100.0] * 3, [50.0] * 3, provenance={"step": 7}).eval()
 
@@ -67,11 +67,14 @@ def test_statistics_are_those_of_all_pixels_and_weights_stay() -> None:
     assert torch.equal(source.network.down[0][1].running_mean, torch.zeros(4))
 
 
-def test_agreement_counts_the_pixels_on_which_all_views_agree() -> None:
-    source = made_model()
+@pytest.mark.parametrize("objects", [False, True])
+def test_agreement_counts_the_pixels_on_which_all_views_agree(objects: bool) -> None:
+    source = made_model(objects=objects)
+    # With objects, the last logit is that of the depth.
+    bias = torch.tensor([0.0, 1.0, 0.0, 2.0])
     with torch.no_grad():
         source.network.head.weight.zero_()
-        source.network.head.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+        source.network.head.bias.copy_(bias[: 3 + objects])
     assert adapt.measure_agreement(source, images()) == (1.0, 0.0)
     agreement, variety = adapt.measure_agreement(made_model(), images())
     assert 0 < agreement < 1

@@ -309,11 +309,13 @@ def measure_agreement(model: Segmenter, images: Sequence[Tensor]) -> tuple[float
     counts = torch.zeros(num_classes)
     with torch.inference_mode():
         for image in images:
-            plain = model(image)[0].argmax(0)
+            # What tells objects apart follows the classes.
+            plain = model(image)[0, :num_classes].argmax(0)
             agreed = torch.ones_like(plain, dtype=torch.bool)
             for contrast, brightness, flip in VIEWS:
                 view = (image - model.mean) * contrast + model.mean + brightness * model.std
-                label = model(view.flip(3) if flip else view)[0].argmax(0)
+                logits = model(view.flip(3) if flip else view)[0, :num_classes]
+                label = logits.argmax(0)
                 agreed &= (label.flip(1) if flip else label) == plain
             same, total = same + int(agreed.sum()), total + plain.numel()
             counts += torch.bincount(plain.flatten(), minlength=num_classes)
