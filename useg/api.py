@@ -59,6 +59,7 @@ from useg.reporting.text import Report
 from useg.scenes.scene import write_scenes
 from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, run_folder, strip_checkpoint
 from useg.training.loop import Run, fit
+from useg.training.threads import keeping_threads
 from useg.training.trainer import Progress, SilentProgress
 from useg.training.warm_start import refuse_changed_start, take_over
 
@@ -211,8 +212,8 @@ def _changed_settings(
         length = {"train.minutes": minutes, "train.epochs": epochs, "train.steps": None}
         changes = {**length, **changes}
     if "train.steps" in changes:
-        # The recounts of the config belong to its own number of steps.
-        changes = {"train.recounts": (), **changes}
+        # Recounts and changes of threads in the config belong to its own number of steps.
+        changes = {"train.recounts": (), "train.thread_changes": (), **changes}
     if unlabelled is not None and changes.get("data.unlabelled") is not None:
         raise SettingsError("unlabelled and data.unlabelled are both set; set only one of them")
     unlabelled = changes.get("data.unlabelled") if unlabelled is None else unlabelled
@@ -292,7 +293,7 @@ def _train_and_report(
     resume: bool = False,
 ) -> Run:
     """Train, in all processes that torchrun has started; then calibrate, score and report."""
-    with run_folder(out, locked=True):
+    with run_folder(out, locked=True), keeping_threads():
         ending = partial(_predict_report_seconds, dataset)
         with distributed.process_group():
             run = fit(

@@ -56,6 +56,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]
 PixelCount = Annotated[int, Field(ge=1, le=65536)]
 StepCount = Annotated[int, Field(ge=1, le=10**9)]
+# A step after which something changes (0: before the first one), and a number of threads.
+ThreadChange = tuple[Annotated[int, Field(ge=0, le=10**9)], Annotated[int, Field(ge=1, le=65536)]]
 # A path or a short text.
 Text = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
 Size = Annotated[tuple[PixelCount, PixelCount], BeforeValidator(_size)]
@@ -185,6 +187,12 @@ class TrainSettings(_Settings):
         max_length=10_000,
         description="written by useg: changes of the number of steps to finish on time, as [step, "
         "previous number of steps]",
+    )
+    thread_changes: tuple[ThreadChange, ...] = Field(
+        (),
+        max_length=10_000,
+        description="written by useg: changes of the number of threads, because other programs "
+        "used the cores or left them, as [step, threads after it]",
     )
     unlabelled_from: StepCount | None = Field(
         None,
@@ -452,7 +460,7 @@ def write_settings(path: Path, settings: Settings, provenance: Mapping[str, Any]
         if content["data"].get(key):
             content["data"][key] = "x".join(str(side) for side in content["data"][key])
     content["provenance"] = {MARKED_RUN: True, **provenance}
-    # A timed run has dozens of recounts: one on a line, instead of four lines for each.
+    # A timed run has dozens of recounts and changes: one on a line, instead of four lines for each.
     text = re.sub(r"\[\n\s+(\d+),\n\s+(\d+),\n\s+\]", r"[\1, \2]", tomli_w.dumps(content))
     with replacing(path, is_own_run_toml) as draft:
         draft.write_text(text, "utf-8")

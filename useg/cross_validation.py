@@ -215,7 +215,7 @@ def _settings_of(run: Path) -> dict[str, Any]:
     if flat["train.unlabelled_from"] is None:
         # The colours of images without masks did not matter.
         flat["data.unlabelled"] = None
-    return {**flat, "train.recounts": ()}
+    return {**flat, "train.recounts": (), "train.thread_changes": ()}
 
 
 def _check_folder(out: Path, described: Mapping[str, Any], resume: bool) -> None:

@@ -34,6 +34,7 @@ from useg.training.monitor import Notice
 from useg.training.plan import Plan, make_plan
 from useg.training.schedule import TimeBudget, count_steps
 from useg.training.session import TakenStep, TrainingSession, begin_session, score_counts
+from useg.training.threads import ThreadControl
 from useg.training.trainer import Progress, SilentProgress, Trainer, prepare_trainer
 from useg.training.warm_start import WarmStart, read_start
 
@@ -104,6 +105,10 @@ def fit(
         _make_deterministic()
     for note in dataset.notes:
         progress.say(note)
+    threads, train = ThreadControl(settings.train.thread_changes), settings.train
+    is_timed = not resume and train.steps is None and train.epochs is None
+    if is_timed and threads.begin():
+        progress.say(threads.describe())
     plan = make_plan(settings, dataset)
     start = read_start(plan, dataset) if plan.settings.model.start else None
     for line in (*plan.table(), plan.fault, *(start.notes if start else ())):
@@ -114,12 +119,13 @@ def fit(
     write_run_toml = partial(write_settings, out / "run.toml", provenance=provenance)
     budget = None
     if not resume:
+        trainer.settings = trainer.settings.with_({"train.thread_changes": threads.changes})
         budget = _start_run(trainer, began, progress, has_ending=measure_ending is not None)
         if not distributed.process_rank():
             # The splits come last: a run that has none is started again.
             write_run_toml(trainer.settings)
             write_split_csv(out / "split.csv", dataset)
-    session = begin_session(trainer, dataset, out, progress, budget, write_run_toml)
+    session = begin_session(trainer, dataset, out, progress, budget, threads, write_run_toml)
     session.measure_ending, session.unlabelled = measure_ending, unlabelled
     try:
         interrupted = _loop(session)

@@ -41,6 +41,7 @@ from useg.training.checkpoint import (
 )
 from useg.training.monitor import Monitor, Notice
 from useg.training.schedule import Schedule, TimeBudget, make_optimizer
+from useg.training.threads import ThreadControl
 from useg.training.trainer import (
     Progress,
     Trainer,
@@ -126,6 +127,7 @@ class TrainingSession:
     progress: Progress
     schedule: Schedule
     budget: TimeBudget | None
+    threads: ThreadControl
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     recorder: RunRecorder
@@ -151,6 +153,7 @@ class TrainingSession:
 
     def take_step(self, x: Tensor, target: Tensor) -> TakenStep:
         """Start the next training step; a GPU may still compute it when this returns."""
+        self.threads.repeat(self.num_taken)
         self.num_taken += 1
         learning_rate = self.learning_rate()
         loss = self.trainer.train_step(self.optimizer, x, target)
@@ -200,6 +203,9 @@ class TrainingSession:
                 self.compare_colours(row)
             if self.budget and self.budget.recount(step, self.schedule):
                 self.store_recount(step)
+            if self.budget and self.threads.adapt(step):
+                self.progress.say(self.threads.describe())
+                self.set_and_store({"train.thread_changes": self.threads.changes})
             interrupted = distributed.any_process(stop.requested) and step < self.schedule.steps
         is_last = interrupted or step == self.schedule.steps
         self.recorder.record_step(row, last=is_last, may_save=is_last_taken)
@@ -366,6 +372,7 @@ def begin_session(
     out: Path,
     progress: Progress,
     budget: TimeBudget | None,
+    threads: ThreadControl,
     write_run_toml: Callable[[Settings], None],
 ) -> TrainingSession:
     """Make what the loop needs, at the state of the checkpoint if there is one."""
@@ -399,6 +406,7 @@ def begin_session(
         progress,
         schedule,
         budget,
+        threads,
         optimizer,
         scheduler,
         recorder,

@@ -532,7 +532,7 @@ def _describe_run(
     it is used.
     """
     duration = {"minutes", "epochs", "steps", "recounts", "validate_every", "tensorboard"}
-    duration |= {"unlabelled_from"}
+    duration |= {"unlabelled_from", "thread_changes"}
     unused = {"start"} | (set() if settings.model.objects else {"objects"})
     parts = settings.model_dump(
         exclude={"model": unused, "data": {"unlabelled"}, "train": duration}

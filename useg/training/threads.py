@@ -1,0 +1,114 @@
+"""The number of threads of a run with a time limit: as many as other programs leave cores free.
+
+Threads that compute a layer together wait for each other. Where other programs want the same cores,
+one of them is always late: beside ten busy processes on two cores, two threads took 0.2 steps of
+EfficientNet-Lite0 in a second (0.7 if waiting threads sleep), and one thread took 1.4.
+
+Sums depend on the number of threads in their last bits, so each change is stored in ``run.toml``
+(``train.thread_changes``), and the run can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from useg.distributed import is_distributed
+from useg.errors import format_count
+from useg.machine import OtherPrograms, count_cores
+
+# Other programs that use less than this share of a core take no thread away. A program that wants a
+# whole core gets at least two thirds of one, beside two threads on two cores.
+MIN_TAKEN_SHARE = 0.5
+
+# A thread comes back if other programs leave its core idle, except for this share.
+MAX_IDLE_SHARE = 0.25
+
+# Cores are looked at after this many seconds, and at first for this long.
+WATCH_SECONDS = 1.0
+FIRST_WATCH_SECONDS = 0.1
+
+
+def fitting_threads(threads: int, most: int, cores: int, others: float) -> int:
+    """Return how many threads to use.
+
+    Args:
+        threads: The present number.
+        most: The largest number.
+        cores: How many cores this process may use.
+        others: How many of them other programs use.
+    """
+    fewer = math.floor(cores - others + MIN_TAKEN_SHARE)
+    more = math.floor(cores - others + MAX_IDLE_SHARE)
+    return max(1, min(most, fewer if fewer < threads else max(threads, more)))
+
+
+class ThreadControl:
+    """Changes the number of threads of a run with a time limit, or repeats its changes.
+
+    Args:
+        changes: ``(step, threads)`` for each change: the number of threads after that step.
+    """
+
+    def __init__(self, changes: tuple[tuple[int, int], ...] = ()) -> None:
+        self.changes = changes
+        self._most = torch.get_num_threads()
+        self._programs, self._others = OtherPrograms(), 0.0
+        self._watched = time.monotonic()
+
+    def repeat(self, step: int) -> None:
+        """Use the threads that the step after this one had."""
+        if earlier := [threads for changed, threads in self.changes if changed <= step]:
+            torch.set_num_threads(earlier[-1])
+
+    def begin(self) -> bool:
+        """Decide before the first step; return whether the number of threads changes."""
+        if not self._may_change():
+            return False
+        self._programs.cores()
+        time.sleep(FIRST_WATCH_SECONDS)
+        return self._adapt(0)
+
+    def adapt(self, step: int) -> bool:
+        """Decide after a step, if it is time to; return whether the number of threads changes."""
+        is_due = time.monotonic() - self._watched >= WATCH_SECONDS
+        return is_due and self._may_change() and self._adapt(step)
+
+    def describe(self) -> str:
+        """Say why the number of threads has changed."""
+        cores = count_cores() or 1
+        return (
+            f"other programs use {min(self._others, cores):.1f} of {format_count(cores, 'core')}: "
+            f"training uses {format_count(torch.get_num_threads(), 'thread')}"
+        )
+
+    def _may_change(self) -> bool:
+        """Return whether there are several threads, and torchrun has not divided them."""
+        return self._most > 1 and not is_distributed()
+
+    def _adapt(self, step: int) -> bool:
+        self._watched = time.monotonic()
+        others, threads = self._programs.cores(), torch.get_num_threads()
+        if others is None:
+            return False
+        self._others = others
+        fitting = fitting_threads(threads, self._most, count_cores() or 1, others)
+        if fitting == threads:
+            return False
+        self.changes = (*self.changes, (step, fitting))
+        self.repeat(step)
+        return True
+
+
+@contextmanager
+def keeping_threads() -> Iterator[None]:
+    """Give PyTorch its number of threads back after a block."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
