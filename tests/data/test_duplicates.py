@@ -16,7 +16,9 @@ from useg.data.duplicates import (
     compute_signature,
     compute_signatures,
     count_class_pixels,
+    find_landmarks,
     find_near_duplicates,
+    find_overlaps,
     group_near_duplicates,
     is_quick_to_compare,
     normalize_signatures,
@@ -139,3 +141,22 @@ def test_many_or_large_images_are_not_quick_to_compare(dataset, monkeypatch):
     monkeypatch.setattr(duplicates, "MAX_COMPARED_PAIRS", 19)
     assert not is_quick_to_compare(dataset.pairs)
     assert is_quick_to_compare(replace(dataset, pairs=dataset.pairs[1:]).pairs)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_crops_and_overlapping_tiles_share_landmarks(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.normal(120, 20, (90, 110, 3)).clip(0, 255).astype(dtype) for _ in range(3)]
+    parts = [images[1][7:60, 20:101], images[2][:, 50:], images[0]]
+    found = find_overlaps(*([find_landmarks(each) for each in side] for side in (parts, images)))
+    # The same image at the same place is a duplicate, and no crop.
+    assert [(k, n) for k, n, _ in found] == [(0, 1), (1, 2)]
+    assert min(share for *_, share in found) > 0.9
+
+
+@pytest.mark.parametrize("shape", [(5, 60, 1), (8, 8, 3), (60, 60, 1)])
+def test_plain_and_tiny_images_have_no_landmarks(shape: tuple[int, int, int]) -> None:
+    for image in (np.full(shape, 77, np.uint8), np.full(shape, np.nan, np.float32)):
+        landmarks = find_landmarks(image)
+        assert landmarks.shape == (0, 3)
+        assert find_overlaps([landmarks], [landmarks]) == []

@@ -43,6 +43,15 @@ from useg.scenes.scene import make_scene
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
+def crop_to_validation(root: Path) -> Planted:
+    """Add a crop of a training image to the validation split."""
+    validation = find_file(root, NUM_PAIRS - 1, "images").parent.parent
+    for folder in ("images", "masks"):
+        with PIL.Image.open(find_file(root, 2, folder)) as opened:
+            opened.crop((31, 9, 118, 86)).save(validation / folder / "part.png")
+    return "overlap across splits", {"part.png", find_file(root, 2).name}
+
+
 def remove_class(root: Path) -> Planted:
     edit_all_masks(root, lambda mask: np.where(mask == 3, 9, mask).astype(np.uint8))
     return "class without pixels", set()
@@ -110,6 +119,9 @@ DEFECTS = {
     "exact duplicate": Defect("streets", copy_pair),
     "near duplicate": Defect("streets", copy_pair_darker),
     "near duplicates across splits": Defect("streets", copy_to_validation),
+    "crop of a training image held out": Defect(
+        "streets", crop_to_validation, frozenset({"odd size"})
+    ),
     "same image with different masks": Defect("streets", copy_pair_with_another_mask),
     "splits of different class shares": Defect(
         "streets", relabel_validation, frozenset({"class missing from validation"})

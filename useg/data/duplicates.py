@@ -9,11 +9,15 @@ more. On a street drive (CARLA) nine of ten neighbouring frames reach 0.95, and 
 apart at most 0.92. On CamVid, whose frames are a second apart, neighbours reach 0.99 while the car
 stands and 0.8 while it moves; images of different scenes reach at most 0.81.
 
+Crops and overlapping tiles have other signatures, but equal pixels. They are found by landmarks:
+patches whose own pixels choose them, so a crop has the same ones as the image.
+
 Signatures and the class pixels of masks are computed once and kept in the cache folder.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -43,6 +47,21 @@ _BLOCK_CELLS = 4
 
 # Rows of the correlation matrix that are in memory at once.
 _CORRELATED_ROWS = 1024
+
+# Landmarks are patches of this side, one of 64 of all; so many are kept, with the lowest hashes.
+_LANDMARK_SIDE = 8
+_NUM_LANDMARKS = 256
+# Patches with a smaller range of values, such as parts of a plain area, are no landmarks.
+_MIN_LANDMARK_RANGE = 12
+# Two images overlap if so many landmarks, and this share of those of the smaller part, agree in one
+# displacement. Patches that more images share are logos or the like.
+_MIN_SHARED_LANDMARKS = 8
+_MIN_SHARED_SHARE = 0.25
+_MAX_SHARING_IMAGES = 16
+# Odd weights of eight neighbours, whose sum is 0 (mod 256), so that no plain row is chosen.
+_ROW_WEIGHTS = (37, 91, 173, 57, 203, 121, 231, 111)
+_ROW_MASK, _ROW_CHOSEN = 63, 13
+_PATCH_WEIGHTS = np.random.default_rng(0).integers(0, 1 << 63, _LANDMARK_SIDE, np.uint64) | 1
 
 # At most this much is decoded unless the user asks for it: 10 to 20 seconds on two cores.
 MAX_COMPARED_PIXELS = 500_000_000
@@ -142,6 +161,69 @@ def group_near_duplicates(signatures: NDArray[np.uint8]) -> NDArray[np.intp]:
         if joined.min() < joined.max():
             groups[np.isin(groups, joined)] = joined.min()
     return groups
+
+
+# The landmarks of an image (N, 3) uint64, N up to 256: hash, column and row, the lowest hash first.
+Landmarks = NDArray[np.uint64]
+
+
+def find_landmarks(image: Image) -> Landmarks:
+    """Return landmarks of an image ``(H, W, C)``: the same in every crop that has their pixels.
+
+    Only the middle band is used. Patches that occur twice in an image are no landmarks.
+    """
+    band = np.ascontiguousarray(image[..., image.shape[2] // 2])
+    if band.dtype.kind == "f":
+        band = np.nan_to_num(band, posinf=0, neginf=0).astype(np.float32).view(np.uint32) >> 12
+    pixels = (band ^ (band >> 8) if band.dtype.itemsize > 1 else band).astype(np.uint8)
+    H, W = (size - _LANDMARK_SIDE + 1 for size in pixels.shape)
+    if min(H, W) < 1:
+        return np.zeros((0, 3), np.uint64)
+    sums = np.zeros((H, W), np.uint8)
+    for k, weight in enumerate(_ROW_WEIGHTS):
+        sums += pixels[:H, k : k + W] * np.uint8(weight)
+    rows, columns = np.divmod(np.flatnonzero(sums.ravel() & _ROW_MASK == _ROW_CHOSEN), W)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (_LANDMARK_SIDE, _LANDMARK_SIDE))
+    # Eight pixels at once are one number.
+    numbers = windows[rows, columns].reshape(len(rows), _LANDMARK_SIDE**2).view(np.uint64)
+    hashes = ((numbers ^ (numbers >> np.uint64(29))) * _PATCH_WEIGHTS).sum(1)
+    low = np.argsort(hashes)[: 4 * _NUM_LANDMARKS]
+    is_varied = np.ptp(numbers[low].view(np.uint8), axis=1) >= _MIN_LANDMARK_RANGE
+    kept, first, counts = np.unique(hashes[low[is_varied]], return_index=True, return_counts=True)
+    is_unique = np.flatnonzero(counts == 1)[:_NUM_LANDMARKS]
+    places = low[is_varied][first[is_unique]]
+    return np.stack([kept[is_unique], columns[places], rows[places]], axis=1).astype(np.uint64)
+
+
+def find_overlaps(
+    landmarks: Sequence[Landmarks], others: Sequence[Landmarks]
+) -> list[tuple[int, int, float]]:
+    """Return which images show pixels of which others, apart from pixels at the same places.
+
+    Returns:
+        The index among ``landmarks``, the index among ``others``, and the share of the landmarks of
+        the smaller one that both have.
+    """
+    owners: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for k, found in enumerate(others):
+        for value, x, y in found.tolist():
+            owners[value].append((k, x, y))
+    overlaps = []
+    for n, found in enumerate(landmarks):
+        agreeing: Counter[tuple[int, int, int]] = Counter()
+        for value, x, y in found.tolist():
+            places = owners.get(value, ())
+            if len(places) <= _MAX_SHARING_IMAGES:
+                agreeing.update((k, x - other_x, y - other_y) for k, other_x, other_y in places)
+        for (k, dx, dy), count in agreeing.items():
+            if count < _MIN_SHARED_LANDMARKS or dx == dy == 0:
+                continue
+            # Beyond the last hash that one image has kept, the other's cannot be found in it.
+            last = min(found[-1, 0], others[k][-1, 0])
+            fewest = min(int((each[:, 0] <= last).sum()) for each in (found, others[k]))
+            if count >= _MIN_SHARED_SHARE * fewest:
+                overlaps.append((n, k, count / fewest))
+    return overlaps
 
 
 def is_quick_to_compare(pairs: Sequence[Pair]) -> bool:

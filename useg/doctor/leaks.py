@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE
 from useg.data.dataset import Pair
-from useg.data.duplicates import find_near_duplicates
+from useg.data.duplicates import find_near_duplicates, find_overlaps
 from useg.data.splits import find_sequences
 from useg.doctor.alignment import reread_pair
 from useg.doctor.measure import (
@@ -184,6 +184,49 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
     )
 
 
+def check_overlaps(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find held-out images that are crops of training images, or overlap them, pixel by pixel.
+
+    Frames of one video are left to :func:`check_video_sequences`.
+    """
+    frames = {each.pair for group in data.once(find_video_sequences) for each in group}
+    sides = [
+        [
+            (each, each.image.landmarks)
+            for each in data.measurements
+            if each.image is not None and each.pair.split in splits
+        ]
+        for splits in (_HELD_OUT_SPLITS, ("train",))
+    ]
+    held_out, training = ([landmarks for _, landmarks in side] for side in sides)
+    found = [
+        _Duplicate(sides[0][k][0], sides[1][n][0], share, False, 1.0)
+        for k, n, share in find_overlaps(held_out, training)
+        if not {sides[0][k][0].pair, sides[1][n][0].pair} <= frames
+    ]
+    if not found:
+        return
+    first = max(found, key=lambda each: each.correlation)
+    more = f" ({format_count(len(found), 'such pair')})" if len(found) > 1 else ""
+    yield Finding(
+        "overlap across splits",
+        "warning" if data.dataset.splits_by.startswith(_OWN_SPLITS) else "error",
+        tuple(
+            dict.fromkeys(
+                path
+                for each in found
+                for path in (each.measurement.pair.image, each.original.pair.image)
+            )
+        ),
+        f"'{data.pair_name(first.measurement)}' in {first.measurement.pair.split} and "
+        f"'{data.pair_name(first.original)}' in train have the same pixels at different places, as "
+        f"crops or overlapping tiles of one image have{more}",
+        "the score would measure memorisation: keep all crops of an image in one split with a "
+        "split.csv",
+        tuple(_separate(data, found, "an overlapping image")),
+    )
+
+
 # How the description of a split made by useg begins.
 _OWN_SPLITS = ("blocks", "groups", "random", "stratified")
 
@@ -217,17 +260,19 @@ def _across_splits(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Findin
     )
 
 
-def _separate(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Iterator[Repair]:
+def _separate(
+    data: MeasuredDataset, found: Sequence[_Duplicate], what: str = "nearly the same image"
+) -> Iterator[Repair]:
     """Move the training images to the gap; if these are over a third, the held-out images."""
     training = dict.fromkeys(each.original.pair for each in found)
     num_train = sum(each.pair.split == "train" for each in data.measurements)
     if len(training) <= max(1, num_train // 3):
-        description = "moved from train to gap: nearly the same image is held out"
+        description = f"moved from train to gap: {what} is held out"
         yield from (Repair(pair, description, split="gap") for pair in training)
     else:
         for each in found:
             pair = each.measurement.pair
-            description = f"moved from {pair.split} to gap: training has nearly the same image"
+            description = f"moved from {pair.split} to gap: training has {what}"
             yield Repair(pair, description, split="gap")
 
 

@@ -35,7 +35,12 @@ from useg.data.dataset import (
     read_valid,
     to_codes,
 )
-from useg.data.duplicates import SIGNATURE_SIDE, compute_signature
+from useg.data.duplicates import (
+    SIGNATURE_SIDE,
+    Landmarks,
+    compute_signature,
+    find_landmarks,
+)
 from useg.data.mask_content import (
     MaskContent,
     color_code,
@@ -223,6 +228,7 @@ class ImageMeasurement:
         dtype: the pixels' number type.
         thumbnail: grey, ``THUMBNAIL_SHAPE`` float32, in the file's own numbers.
         signature: what near duplicates share (:func:`useg.data.duplicates.compute_signature`).
+        landmarks: what crops share (:func:`useg.data.duplicates.find_landmarks`).
     """
 
     size: tuple[int, int]
@@ -230,6 +236,7 @@ class ImageMeasurement:
     dtype: str
     thumbnail: NDArray[np.float32]
     signature: NDArray[np.uint8]
+    landmarks: Landmarks
 
     @cached_property
     def thumbnail_detail(self) -> NDArray[np.float32]:
@@ -367,7 +374,12 @@ def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement
         return Measurement(pair, read_error=(pair.image, error))
     H, W, bands = image.shape
     measured = ImageMeasurement(
-        (W, H), bands, str(image.dtype), _make_thumbnail(image), _compute_fast_signature(image)
+        (W, H),
+        bands,
+        str(image.dtype),
+        _make_thumbnail(image),
+        _compute_fast_signature(image),
+        find_landmarks(image),
     )
     try:
         codes, band = _read_codes_and_band(pair, dataset)
