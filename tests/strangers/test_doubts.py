@@ -342,6 +342,42 @@ def test_folders_that_count_from_another_number_are_mentioned(tmp_path: Path) ->
     assert any("one value may mean different classes" in note for note in notes)
 
 
+def test_masks_before_an_event_with_fewer_classes_are_mentioned(tmp_path: Path) -> None:
+    # xBD: buildings before, their damage after.
+    for k in range(4):
+        image, label = yard(k)
+        for state in ("pre", "post"):
+            save(tmp_path / "images" / f"fire_{k}_{state}_disaster.png", image)
+            mask = np.minimum(label, 1) if state == "pre" else label
+            save(tmp_path / "targets" / f"fire_{k}_{state}_disaster_target.png", mask)
+    (note,) = (note for note in find_dataset(tmp_path).notes if "pre" in note)
+    assert "so 1 may mean another class" in note
+
+
+def test_numbered_masks_of_an_image_without_a_plain_one_are_joined(tmp_path: Path) -> None:
+    # AITEX has ID_mask.png, or ID_mask1.png and ID_mask2.png.
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k:04}_00.png", image)
+        for number in ("1", "2") if k == 3 else ("",):
+            part = label == int(number or 1)
+            save(tmp_path / "masks" / f"{k:04}_00_mask{number}.png", part.astype(np.uint8) * 255)
+    dataset = find_dataset(tmp_path)
+    assert [pair.image.stem for pair in dataset.pairs] == [f"{k:04}_00" for k in range(5)]
+    label = yard(3)[1]
+    assert (read_label(dataset.pairs[3], dataset) == ((label == 1) | (label == 2))).all()
+
+
+def test_overlays_that_are_called_masks_are_no_images(tmp_path: Path) -> None:
+    # Supervisely's export has masks for people, which are drawn over the images, and for machines.
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "img" / f"{k}.jpg", image)
+        save(tmp_path / "masks_human" / f"{k}.png", image // 2 + COLORS[label] // 2)
+        save(tmp_path / "masks_machine" / f"{k}.png", label)
+    assert {pair.mask.parent.name for pair in find_dataset(tmp_path).pairs} == {"masks_machine"}
+
+
 @pytest.mark.parametrize(("high", "ignored"), [((254, 255), (255,)), ((65535,), ())])
 def test_highest_values_beside_ids_are_ignored_or_mentioned(
     tmp_path: Path, high: tuple[int, ...], ignored: tuple[int, ...]

@@ -43,6 +43,7 @@ from useg.data.mask_content import (
     read_content,
     sum_counts,
 )
+from useg.data.names import split_name
 from useg.data.schemes import VOC_BORDER, describe_ids, name_colors, voc_colors
 from useg.errors import DataError, UsageError, format_count, join_names
 from useg.machine import in_parallel
@@ -59,6 +60,9 @@ _COLORS_MAY_NUMBER = (
     "most colours occur in one mask only, so they may number objects; if so, save masks of "
     "classes, otherwise nothing to do"
 )
+
+# Words for two states of a place: before and after an event.
+_STATES = (("pre", "post"), ("before", "after"))
 
 # Pascal VOC's colours.
 _VOC_CODES = {VOC_BORDER, *(pack_color(color) for color in voc_colors(255))}
@@ -307,7 +311,7 @@ def _decide_by_value(
             f"no label; if so, set ignore = [{', '.join(map(str, high))}] in dataset.toml, "
             "otherwise nothing to do"
         )
-    notes += _describe_shifted(masks)
+    notes += [*_describe_shifted(masks), *_describe_states(masks)]
     colors = _palette_colors(ids, masks)
     if len(values) == 2:
         table = ClassTable(TWO_CLASSES, colors, tuple(ids), ignored)
@@ -492,6 +496,27 @@ def _describe_shifted(masks: Sequence[MaskContent]) -> Iterator[str]:
                 "in them; if so, save all masks with the same values, otherwise nothing to do"
             )
             return
+
+
+def _describe_states(masks: Sequence[MaskContent]) -> Iterator[str]:
+    """Say that masks of the state before may have fewer classes than those of the state after."""
+    words = [frozenset(map(str.casefold, split_name(mask.path.stem))) for mask in masks]
+    for states in _STATES:
+        groups = [
+            [mask for mask, own in zip(masks, words, strict=True) if state in own]
+            for state in states
+        ]
+        before, after = (
+            sorted({code for mask in group for code in mask.codes.tolist()} - {IGNORE})
+            for group in groups
+        )
+        if min(map(len, groups)) > 1 and 1 < len(before) < len(after) and {*before} < {*after}:
+            shared = _join([value for value in before if value])
+            yield (
+                f"masks called '{states[0]}' have the values {_join(before)}, and those called "
+                f"'{states[1]}' {_join(after)}, so {shared} may mean another class in them; if so, "
+                "choose the images and masks of one kind in dataset.toml, otherwise nothing to do"
+            )
 
 
 def _describe_two_scales(masks: Sequence[MaskContent]) -> str:

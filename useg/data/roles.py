@@ -139,6 +139,11 @@ def links_to_masks(files: NamedFiles) -> list[Link]:
     for link in (link for link in _learn_links(files) if len(link.partners) >= least):
         sides = list(link.partners), list(link.partners.values())
         words = [files.kind_by_words(*sides), files.kind_by_words(*reversed(sides))]
+        if words == ["", ""] and all(
+            role_of_words(files.constants(side)) == "mask" for side in sides
+        ):
+            # Both are called masks, whatever they look like: neither are the images.
+            continue
         kinds = [files.kind_by_pixels(side) for side in sides] if "" in words else words
         is_other = any(files.constants(side) & OTHER_WORDS for side in sides)
         given = {"image": ["image", "mask"], "mask": ["mask", "image"]}
@@ -183,6 +188,7 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
     used: set[str] = set()
     while links and len(links[0].partners) * 50 >= first:
         main, note = _choose_images(links, files)
+        main = _add_numbered(main, used, files)
         images, masks = set(main.partners), set(main.partners.values())
         claims = _claims(images, links)
         further = _find_further_masks(main, used | claims.keys(), files)
@@ -386,6 +392,26 @@ def _without(link: Link, used: set[str]) -> Link | None:
     }
     # A rule that mostly explained other files fits the rest by accident.
     return Link(link.rule, partners) if 2 * len(partners) > len(link.partners) else None
+
+
+def _add_numbered(link: Link, used: set[str], files: NamedFiles) -> Link:
+    """Add images of which all masks are numbered: ``a_mask1`` and ``a_mask2`` beside ``b_mask``."""
+    folders = {generalize_folder(name) for name in link.partners}
+    taken = {*used, *link.partners, *link.partners.values()}
+    rest = [name for name in files.paths if name not in taken]
+    images = [name for name in rest if generalize_folder(name) in folders]
+    if not images:
+        return link
+    numbered: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(rest, key=natural_key):
+        numbered[_COUNTER.sub("", name)].append(name)
+    found = {
+        image: numbered[target][0]
+        for image in images
+        for target in link.rule.apply(image)
+        if len(numbered.get(target, ())) > 1 and target not in files.paths
+    }
+    return Link(link.rule, {**link.partners, **found})
 
 
 def _find_further_masks(
