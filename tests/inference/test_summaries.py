@@ -33,7 +33,7 @@ from useg.scoring.regions import regions
 
 @given(st.lists(st.integers(0, 2**33), min_size=1, max_size=9))
 def test_run_lengths_survive_compression(lengths: list[int]) -> None:
-    assert decompress_rle(compress_rle(np.array(lengths))) == lengths
+    assert decompress_rle(compress_rle(np.array(lengths))).tolist() == lengths
 
 
 @given(small_label_maps())

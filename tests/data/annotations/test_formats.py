@@ -1,6 +1,7 @@
 """JSON, XML and lists of class names from anywhere are read safely or refused."""
 
 import contextlib
+import gc
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from made_annotations import write_file, write_photo
 from useg.data.annotations.formats import (
     AnnotatedImage,
     Reading,
+    collector_paused,
     parse_yaml_names,
     read_class_names,
 )
@@ -121,3 +123,11 @@ def test_an_image_that_many_rows_name_is_looked_up_once(tmp_path, monkeypatch):
         entry = AnnotatedImage(tmp_path / "a.csv", name, Drawing((), (0, 0)))
         assert reading.find(entry) == (image if name == "a.jpg" else None)
     assert len(lookups) == 2
+
+
+def test_the_garbage_collector_continues_after_a_file_that_cannot_be_read():
+    with collector_paused():
+        assert not gc.isenabled()
+    with pytest.raises(KeyError), collector_paused():
+        raise KeyError
+    assert gc.isenabled()

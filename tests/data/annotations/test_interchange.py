@@ -96,7 +96,7 @@ def test_coco_masks_and_crowds_are_read_compressed_or_not(tmp_path):
 )
 def test_compressed_run_lengths_are_reversed(mask):
     lengths = np.frombuffer(encode_rle(mask, by_columns=True).lengths, np.uint32).tolist()
-    assert decompress_rle(coco_compress(lengths)) == lengths
+    assert decompress_rle(coco_compress(lengths)).tolist() == lengths
 
 
 def test_compressed_run_lengths_equal_those_of_pycocotools():
@@ -108,7 +108,7 @@ def test_compressed_run_lengths_equal_those_of_pycocotools():
             encode_rle(mask.astype(bool), by_columns=True).lengths, np.uint32
         ).tolist()
         text = tools.encode(np.asfortranarray(mask))["counts"].decode()
-        assert decompress_rle(text) == lengths
+        assert decompress_rle(text).tolist() == lengths
         assert coco_compress(lengths) == text
 
 
@@ -232,12 +232,16 @@ RUNS = {"size": [SIZE[1], SIZE[0]], "counts": [119, 1]}
         ({"segmentation": [[1, 2, 3, 4, 5, 10**400]]}, "points are not pairs of numbers"),
         ({"segmentation": [[1, 2, 3, 4, 5]]}, "has an outline of an odd number of coordinates"),
         ({"segmentation": [[1, 2, 3, 4, 5, "x"]]}, "points are not pairs of numbers"),
+        ({"segmentation": [[1, 2, 3, 4, 5, [6]]]}, "points are not pairs of numbers"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 6], "123456"]}, "has an outline that is not a list"),
         ({"segmentation": [[1, 2, 3, 4, 5, None]]}, "points are not pairs of numbers"),
         (
             {"segmentation": RUNS | {"counts": [100, 1]}},
             "has run lengths for 12x10 pixels that add up to 101, but its image has 12x10",
         ),
         ({"segmentation": RUNS | {"counts": [-1, 121]}}, "has run lengths for 12x10 pixels"),
+        ({"segmentation": RUNS | {"counts": [2**62, 2**62, 120]}}, "that add up to 9223372036854"),
+        ({"segmentation": RUNS | {"counts": [10**400]}}, "is not valid COCO"),
         (
             {"segmentation": RUNS | {"size": [12, 10]}},
             "has run lengths for 10x12 pixels that add up to 120, but its image has 12x10",
@@ -247,6 +251,7 @@ RUNS = {"size": [SIZE[1], SIZE[0]], "counts": [119, 1]}
             "compressed run lengths cannot have '€' there",
         ),
         ({"segmentation": RUNS | {"counts": "P" * 50}}, "compressed run lengths cannot have 'P'"),
+        ({"segmentation": RUNS | {"counts": "0\ud800"}}, "compressed run lengths cannot have '"),
         (
             {"segmentation": RUNS | {"counts": "P"}},
             "compressed run lengths end in the middle of a number",

@@ -16,6 +16,7 @@ of DATA) or ``classes.txt`` names the classes.
 from __future__ import annotations
 
 import io
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from useg.data.annotations.rasterize import (
     box_outline,
     compute_shape_area,
     decompress_rle,
+    pack_coordinates,
     pack_outline,
 )
 from useg.errors import DataError, format_count
@@ -160,16 +162,17 @@ def _read_shape(name: str, segmentation: Any, entry: AnnotatedImage, reading: Re
     if isinstance(segmentation, dict):
         return Shape(name, runs=_read_rle(segmentation, entry, reading))
     outlines = segmentation if isinstance(segmentation[0], list) else [segmentation]
-    if any(len(outline) % 2 for outline in outlines):
-        raise DataError(f"{source} has an outline of an odd number of coordinates; export it again")
-    return Shape(
-        name,
-        tuple(
-            pack_outline(zip(outline[::2], outline[1::2], strict=True), source)
-            for outline in outlines
-            if len(outline) >= 6
-        ),
-    )
+    packed = []
+    for outline in outlines:
+        if not isinstance(outline, list):
+            raise DataError(f"{source} has an outline that is not a list; export it again")
+        if len(outline) % 2:
+            raise DataError(
+                f"{source} has an outline of an odd number of coordinates; export it again"
+            )
+        if len(outline) >= 6:
+            packed.append(pack_coordinates(outline, source))
+    return Shape(name, tuple(packed))
 
 
 def _read_box(annotation: Mapping[str, Any], path: Path) -> list[Shape]:
@@ -191,14 +194,17 @@ def _read_rle(
         return None
     counts = segmentation["counts"]
     lengths = (
-        decompress_rle(counts) if isinstance(counts, str) else [int(count) for count in counts]
+        decompress_rle(counts)
+        if isinstance(counts, str)
+        else np.frombuffer(array("q", map(int, counts)), np.int64)
     )
-    if (width, height) != true or min(lengths, default=0) < 0 or sum(lengths) != width * height:
+    total = sum(lengths.tolist())
+    if (width, height) != true or total != width * height or lengths.min(initial=0) < 0:
         raise DataError(
             f"'{entry.file}' ({entry.image}) has run lengths for {width}x{height} pixels that add "
-            f"up to {sum(lengths)}, but its image has {true[0]}x{true[1]}; export it again"
+            f"up to {total}, but its image has {true[0]}x{true[1]}; export it again"
         )
-    return RunLengths(np.array(lengths, np.uint32).tobytes(), width, height, by_columns=True)
+    return RunLengths(lengths.astype(np.uint32).tobytes(), width, height, by_columns=True)
 
 
 def read_coco_panoptic(path: Path, content: dict[str, Any], reading: Reading) -> Annotations:
@@ -331,4 +337,4 @@ def _parse_outline(words: Sequence[str], source: str) -> tuple[int, bytes]:
             f"{source} has the class {words[0][:20]}, but class numbers are 0 to "
             f"{MAX_CLASSES - 1}; correct or remove it"
         )
-    return int(words[0]), pack_outline(zip(words[1::2], words[2::2], strict=True), source)
+    return int(words[0]), pack_coordinates(words[1:], source)

@@ -35,6 +35,7 @@ from useg.data.annotations.formats import (
     AnnotatedImage,
     Annotations,
     Reading,
+    collector_paused,
     find_entry_split,
     join_annotations,
     read_bytes,
@@ -196,7 +197,8 @@ def _read_files(files: Sequence[Path], reading: Reading) -> Annotations | None:
     for path in files:
         if path.parent in instances and not path.stem.startswith("instances"):
             continue
-        found = _READERS[path.suffix.lower()](path, reading)
+        with collector_paused():
+            found = _READERS[path.suffix.lower()](path, reading)
         if found is not None:
             parts[found.layout].append(found)
     full = [name for name in _PRIORITY if any(part.entries for part in parts[name])]
@@ -343,6 +345,7 @@ def _pair_yolo(reading: Reading, pairs: Sequence[tuple[Path, Path]]) -> Detected
         *list_files(reading.root, (".yaml", ".yml")),
         *(path for path in list_files(reading.root, (".txt",)) if path.name == "classes.txt"),
     ]
-    annotations = read_yolo(pairs, name_files, reading)
+    with collector_paused():
+        annotations = read_yolo(pairs, name_files, reading)
     images = [image for image, _ in pairs]
     return _to_layout(reading, annotations, list(zip(images, annotations.entries, strict=True)))

@@ -12,6 +12,7 @@ larger than the image, and the work for one image is limited.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -383,20 +384,33 @@ def pack_points(points: Iterable[Sequence[Any]], source: str) -> bytes:
     Raises:
         DataError: There is no point, or a coordinate is not a finite number.
     """
+    return pack_coordinates((number for x, y in points for number in (x, y)), source)
+
+
+def pack_coordinates(coordinates: Iterable[Any], source: str) -> bytes:
+    """Do what :func:`pack_points` does with the coordinates x, y, x, y, ..., an even number.
+
+    Raises:
+        DataError: As :func:`pack_points`.
+    """
     try:
-        corners = np.array([[float(x), float(y)] for x, y in points], np.float64).reshape(-1, 2)
+        packed = array("d", map(float, coordinates))
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{source} has a shape whose points are not pairs of numbers ({error}); "
             "draw it again, or remove it"
         ) from error
+    if not packed:
+        raise DataError(f"{source} has a shape without points; draw it again, or remove it")
+    # Large files have millions of short outlines, for which calls of NumPy take longest.
+    if math.hypot(*packed) <= _MAX_COORDINATE:
+        return packed.tobytes()
+    corners = np.frombuffer(packed)
     if not np.isfinite(corners).all():
         raise DataError(
             f"{source} has a shape with a coordinate that is NaN or infinite; "
             "draw it again, or remove it"
         )
-    if not len(corners):
-        raise DataError(f"{source} has a shape without points; draw it again, or remove it")
     return np.clip(corners, -_MAX_COORDINATE, _MAX_COORDINATE).tobytes()
 
 
@@ -527,7 +541,7 @@ def compute_shape_area(shape: Shape) -> float:
             covered += outline.width * float(lengths.sum() + outline.width)
         else:
             x, y = np.frombuffer(outline).reshape(-1, 2).T
-            twice = np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:]) + x[-1] * y[0] - y[-1] * x[0]
+            twice = x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0]
             covered += abs(float(twice)) / 2
     if shape.runs:
         covered += float(np.frombuffer(shape.runs.lengths, np.uint32)[1::2].sum(dtype=np.float64))
@@ -551,24 +565,29 @@ def compress_rle(lengths: NDArray[np.int64]) -> str:
     return bytes(characters[written].tolist()).decode("ascii")
 
 
-def decompress_rle(text: str) -> list[int]:
+def decompress_rle(text: str) -> NDArray[np.int64]:
     """Read run lengths that :func:`compress_rle` or COCO's tools have written.
 
     Raises:
         ValueError: The text is not a compressed list of run lengths.
     """
-    lengths: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 35:
-            raise ValueError(f"compressed run lengths cannot have {character!r} there")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (1 << shift) if bits & 16 else 0
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value = shift = 0
-    if shift:
+    # Characters that are not ASCII have bytes above it.
+    characters = (
+        np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
+    )
+    ends = np.flatnonzero(characters & 32 == 0) + 1
+    if len(characters) and (not len(ends) or ends[-1] < len(characters)):
+        ends = np.append(ends, len(characters))
+    sizes = np.diff(ends, prepend=0)
+    places = np.arange(len(characters)) - np.repeat(ends - sizes, sizes)
+    wrong = np.flatnonzero((characters < 0) | (characters >= 64) | (places >= 8))
+    if len(wrong):
+        raise ValueError(f"compressed run lengths cannot have {text[wrong[0]]!r} there")
+    if len(characters) and characters[-1] & 32:
         raise ValueError("compressed run lengths end in the middle of a number")
-    return lengths
+    parts = np.add.accumulate((characters & 31) << 5 * places)
+    values = np.diff(parts[ends - 1], prepend=0)
+    values -= np.where(characters[ends - 1] & 16, 1 << 5 * sizes, 0)
+    for first in (1, 2):
+        values[first::2] = np.add.accumulate(values[first::2])
+    return values

@@ -12,9 +12,10 @@ from __future__ import annotations
 import csv
 import io
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,31 @@ class _RunColumns:
     image: int
     runs: int
     kind: int | None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a table has of one image: there can be very many rows of few runs each.
+
+    Args:
+        names: The class of each row.
+        runs: Starts and lengths of the runs of all rows ``(2, N)``.
+        ends: How many of them each row and those before it have.
+    """
+
+    names: Sequence[str] = ()
+    runs: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 0), np.int64))
+    ends: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """How many runs each row has."""
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """The row of each run."""
+        return np.repeat(np.arange(len(self.ends)), self.sizes)
 
 
 def is_run_length_csv(path: Path) -> bool:
@@ -107,7 +133,7 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     columns = _find_run_columns(next(rows))
     assert columns is not None
     entries: dict[str, AnnotatedImage] = {}
-    found: dict[str, list[tuple[str, NDArray[np.int64]]]] = {}
+    listed: dict[str, tuple[list[str], array[int], list[int]]] = {}
     for row in rows:
         if len(row) <= max(columns.image, columns.runs, columns.kind or 0):
             continue
@@ -115,23 +141,27 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
         if image not in entries and reading.find(_entry(path, image)) is None and "_" in image:
             # The columns ImageId_ClassId and Image_Label have both.
             image, _, kind = image.rpartition("_")
-        entry = entries.setdefault(image, _entry(path, image))
-        listed = found.setdefault(image, [])
-        if row[columns.runs] not in ("", "-1") and reading.find(entry) is not None:
+        if image not in entries:
+            entries[image], listed[image] = _entry(path, image), ([], array("q"), [])
+        if row[columns.runs] not in ("", "-1") and reading.find(entries[image]) is not None:
             with reading.skipping(path, "run lengths", image):
                 name = normalize_class_name(
                     f"class {kind}" if kind.isdecimal() else kind or "foreground"
                 )
-                listed.append((name, _parse_runs(row[columns.runs], entry)))
-    start, notes = _find_start(runs for listed in found.values() for _, runs in listed)
-    for image, listed in found.items():
-        counted: list[tuple[str, NDArray[np.int64]]] = []
+                runs = _parse_runs(row[columns.runs], entries[image])
+                names, numbers, ends = listed[image]
+                numbers.extend(runs)
+                names.append(name)
+                ends.append(len(numbers) // 2)
+    found = {
+        image: _Rows(names, np.array(numbers, np.int64).reshape(-1, 2).T, np.array(ends, np.int64))
+        for image, (names, numbers, ends) in listed.items()
+    }
+    start, notes = _find_start(found.values())
+    for image, rows_of_image in found.items():
+        found[image] = _Rows()
         with reading.skipping(path, "run lengths", image):
-            counted = [
-                (name, _count_from_one(runs, start, entries[image], reading))
-                for name, runs in listed
-            ]
-        found[image] = counted
+            found[image] = _count_from_one(rows_of_image, start, entries[image], reading)
     by_columns, note = _find_order(found, entries, reading)
     if start == 1 and _reach_borders_from_zero(found, entries, by_columns, reading):
         notes = (
@@ -139,8 +169,8 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
             "are counted from 0",
         )
         found = {
-            image: [(name, np.add(runs, [[1], [0]])) for name, runs in listed]
-            for image, listed in found.items()
+            image: replace(each, runs=np.add(each.runs, [[1], [0]]))
+            for image, each in found.items()
         }
     elif start == 1:
         notes = ("pixels of the run lengths are counted from 1, as is usual",)
@@ -148,20 +178,25 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     for image, entry in entries.items():
         size = reading.size(entry)
         shapes = (
-            Shape(name, runs=_to_run_lengths(runs, size, by_columns)) for name, runs in found[image]
+            Shape(name, runs=runs)
+            for name, runs in zip(
+                found[image].names, _to_run_lengths(found[image], size, by_columns), strict=True
+            )
         )
         drawn.append(replace(entry, drawing=Drawing(tuple(shapes), size)))
-    names = sorted({name for listed in found.values() for name, _ in listed}, key=natural_key)
+    all_names = {name for each in found.values() for name in each.names}
     notes = (note, *notes, *_describe_unlisted(path, entries.values(), reading))
-    return Annotations("run lengths", tuple(drawn), tuple(names), notes=notes)
+    return Annotations(
+        "run lengths", tuple(drawn), tuple(sorted(all_names, key=natural_key)), notes=notes
+    )
 
 
 def _entry(path: Path, image: str) -> AnnotatedImage:
     return AnnotatedImage(path, image, Drawing((), (0, 0)))
 
 
-def _parse_runs(text: str, entry: AnnotatedImage) -> NDArray[np.int64]:
-    """Return the starts and the lengths of runs ``(2, N)`` as they are written.
+def _parse_runs(text: str, entry: AnnotatedImage) -> array[int]:
+    """Return the starts and the lengths of runs in turn, as they are written.
 
     Raises:
         DataError: They are no runs.
@@ -171,22 +206,23 @@ def _parse_runs(text: str, entry: AnnotatedImage) -> NDArray[np.int64]:
             f"'{entry.file}' ({entry.image}) has {text[:20]!r} where it should have run lengths, "
             "start length start length ...; correct or remove that row"
         )
-    return np.array(text.split(), np.int64).reshape(-1, 2).T
+    return array("q", map(int, text.split()))
 
 
-def _find_start(listed: Iterable[NDArray[np.int64]]) -> tuple[int | None, tuple[str, ...]]:
+def _find_start(found: Iterable[_Rows]) -> tuple[int | None, tuple[str, ...]]:
     """Return the number of the first pixel, or None if runs count from the one before; and a note.
 
     The starts of runs rise, unless they are distances from the end of the run before.
     """
     num_rising = num_falling = 0
     has_zero = False
-    for starts, _ in listed:
+    for rows in found:
+        starts, numbers = rows.runs[0], rows.numbers
         has_zero |= bool((starts == 0).any())
-        if len(starts) > 1:
-            is_falling = bool((starts[1:] < starts[:-1]).any())
-            num_falling += is_falling
-            num_rising += not is_falling
+        is_falling = (starts[1:] < starts[:-1]) & (numbers[1:] == numbers[:-1])
+        falling = len(np.unique(numbers[1:][is_falling]))
+        num_falling += falling
+        num_rising += int((rows.sizes > 1).sum()) - falling
     if num_falling > num_rising:
         return None, (
             "the starts of the run lengths do not rise, so they are counted from the end of the "
@@ -197,45 +233,49 @@ def _find_start(listed: Iterable[NDArray[np.int64]]) -> tuple[int | None, tuple[
 
 
 def _count_from_one(
-    runs: NDArray[np.int64], start: int | None, entry: AnnotatedImage, reading: Reading
-) -> NDArray[np.int64]:
-    """Return runs whose starts count pixels from 1, from the first to the last.
+    rows: _Rows, start: int | None, entry: AnnotatedImage, reading: Reading
+) -> _Rows:
+    """Return runs whose starts count pixels from 1, in each row from the first to the last.
 
     Raises:
-        DataError: They overlap, or go beyond the end of the image.
+        DataError: The runs of a row overlap, or go beyond the end of the image.
     """
     width, height = reading.size(entry)
+    numbers = rows.numbers
     # The sum of two larger numbers could overflow.
-    runs = np.minimum(runs, width * height + 1)
+    runs = np.minimum(rows.runs, width * height + 1)
     if start is None:
-        before = np.append(0, runs[:, :-1].sum(0)).cumsum()
+        before = np.append(0, runs.sum(0).cumsum())
+        # Without the rows before.
+        before = before[:-1] - np.repeat(before[rows.ends - rows.sizes], rows.sizes)
         runs = np.stack([before + runs[0] + 1, runs[1]])
     else:
-        runs = runs[:, np.argsort(runs[0], kind="stable")]
-        runs = np.add(runs, [[1 - start], [0]])
+        runs = np.add(runs[:, np.lexsort((runs[0], numbers))], [[1 - start], [0]])
     starts, ends = runs[0], runs.sum(0) - 1
-    if starts[0] < 1 or (ends[:-1] >= starts[1:]).any() or ends.max() > width * height:
+    is_wrong = (starts < 1) | (ends > width * height)
+    is_wrong[1:] |= (ends[:-1] >= starts[1:]) & (numbers[1:] == numbers[:-1])
+    if is_wrong.any():
+        row = numbers == numbers[is_wrong.argmax()]
         raise DataError(
-            f"'{entry.file}' ({entry.image}) has run lengths from pixel {starts[0]} to "
-            f"{ends.max()}, which do not fit its image of {width}x{height} pixels counted from 1, "
-            "or overlap; draw them into PNGs of class ids that are called like their images"
+            f"'{entry.file}' ({entry.image}) has run lengths from pixel {starts[row].min()} to "
+            f"{ends[row].max()}, which do not fit its image of {width}x{height} pixels counted "
+            "from 1, or overlap; draw them into PNGs of class ids that are called like their images"
         )
-    return runs
+    return replace(rows, runs=runs)
 
 
 def _reach_borders_from_zero(
-    found: Mapping[str, Sequence[tuple[str, NDArray[np.int64]]]],
+    found: Mapping[str, _Rows],
     entries: Mapping[str, AnnotatedImage],
     by_columns: bool,
     reading: Reading,
 ) -> bool:
     """Return whether runs begin and end at the borders of images only if they count from 0."""
     counts = [0, 0]
-    for name, listed in found.items():
-        if not listed:
+    for name, rows in found.items():
+        if not rows.names:
             continue
-        size = reading.size(entries[name])
-        runs = np.concatenate([runs for _, runs in listed], axis=1)
+        size, runs = reading.size(entries[name]), rows.runs
         if runs.sum(0).max() > size[0] * size[1]:
             return False
         ends = np.concatenate([runs[0] - 1, runs.sum(0) - 1])
@@ -244,35 +284,46 @@ def _reach_borders_from_zero(
     return counts[0] >= _MIN_AT_BORDER and counts[0] > _MIN_BORDER_GAIN * counts[1]
 
 
-def _to_run_lengths(runs: NDArray[np.int64], size: tuple[int, int], by_columns: bool) -> RunLengths:
-    """Return starts and lengths as the lengths of uncovered and covered runs in turn."""
+def _to_run_lengths(rows: _Rows, size: tuple[int, int], by_columns: bool) -> Iterator[RunLengths]:
+    """Yield for each row the lengths of uncovered and covered runs in turn."""
     width, height = size
-    borders = np.stack([runs[0] - 1, runs.sum(0) - 1], axis=1).ravel()
-    counts = np.diff(np.concatenate([[0], borders, [width * height]]))
-    return RunLengths(counts.astype(np.uint32).tobytes(), width, height, by_columns=by_columns)
+    borders = np.stack([rows.runs[0] - 1, rows.runs.sum(0) - 1], axis=1).ravel()
+    lengths = np.diff(np.append(borders, 0), prepend=0)
+    lengths[2 * (rows.ends - rows.sizes)] = borders[2 * (rows.ends - rows.sizes)]
+    # A row ends with the pixels behind its last run.
+    rest = width * height - borders[2 * rows.ends - 1]
+    lengths = np.insert(lengths[:-1], 2 * rows.ends, rest).astype(np.uint32)
+    content, begin = lengths.tobytes(), 0
+    for end in (lengths.itemsize * (2 * rows.ends + 1 + np.arange(len(rows.ends)))).tolist():
+        yield RunLengths(content[begin:end], width, height, by_columns=by_columns)
+        begin = end
 
 
-def _unite(listed: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return the runs ``(2, N)`` that cover what any of the given ones covers."""
-    starts, lengths = np.concatenate(listed, axis=1)
+def _unite(runs: NDArray[np.int64]) -> _Rows:
+    """Return the runs, as one row, that cover what any of the given ones ``(2, N)`` covers."""
+    starts, lengths = runs
     order = np.argsort(starts, kind="stable")
     starts, ends = starts[order], np.maximum.accumulate((starts + lengths)[order])
     is_first = np.append(True, starts[1:] > ends[:-1])
     starts, ends = starts[is_first], ends[np.append(is_first[1:], True)]
-    return np.stack([starts, ends - starts])
+    return _Rows([""], np.stack([starts, ends - starts]), np.array([len(starts)]))
 
 
 def _find_order(
-    found: Mapping[str, Sequence[tuple[str, NDArray[np.int64]]]],
+    found: Mapping[str, _Rows],
     entries: Mapping[str, AnnotatedImage],
     reading: Reading,
 ) -> tuple[bool, str]:
     """Return whether runs follow the columns of the images, and a note about it."""
     lengths, edges = np.zeros(2), np.zeros(2)
-    for name in pick_evenly([name for name, runs in found.items() if runs], _NUM_ORDERED):
+    for name in pick_evenly([name for name, rows in found.items() if rows.names], _NUM_ORDERED):
         size = reading.size(entries[name])
-        union = _unite([runs for _, runs in found[name]])
-        masks = [decode_rle(_to_run_lengths(union, size, order)) for order in (True, False)]
+        union = _unite(found[name].runs)
+        masks = [
+            decode_rle(runs)
+            for order in (True, False)
+            for runs in _to_run_lengths(union, size, order)
+        ]
         lengths += [np.diff(mask, axis=0).sum() + np.diff(mask, axis=1).sum() for mask in masks]
         path = reading.find(entries[name])
         assert path is not None
