@@ -19,6 +19,7 @@ from useg.data.duplicates import (
     find_landmarks,
     find_near_duplicates,
     find_overlaps,
+    find_turned_copies,
     group_near_duplicates,
     is_quick_to_compare,
     normalize_signatures,
@@ -160,3 +161,14 @@ def test_plain_and_tiny_images_have_no_landmarks(shape: tuple[int, int, int]) ->
         landmarks = find_landmarks(image)
         assert landmarks.shape == (0, 3)
         assert find_overlaps([landmarks], [landmarks]) == []
+
+
+def test_mirrored_and_rotated_copies_are_found() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.normal(120, 20, (48, 64, 3)).clip(0, 255).astype(np.uint8) for _ in range(3)]
+    turned = [images[0], images[1][::-1], np.rot90(images[2]), np.rot90(images[2])[::-1]]
+    one, other = (
+        np.stack([compute_signature(image) for image in side]) for side in (turned, images)
+    )
+    found = find_turned_copies(one, other, 0.98)
+    assert [(k, n) for k, n, _ in found] == [(1, 1), (2, 2), (3, 2)]

@@ -52,6 +52,16 @@ def crop_to_validation(root: Path) -> Planted:
     return "overlap across splits", {"part.png", find_file(root, 2).name}
 
 
+def mirror_to_validation(root: Path) -> Planted:
+    """Add a mirrored training image to the validation split."""
+    validation = find_file(root, NUM_PAIRS - 1, "images").parent.parent
+    for folder in ("images", "masks"):
+        with PIL.Image.open(find_file(root, 2, folder)) as opened:
+            mirrored = opened.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+        mirrored.save(validation / folder / "again.png")
+    return "turned copies across splits", {"again.png", find_file(root, 2).name}
+
+
 def remove_class(root: Path) -> Planted:
     edit_all_masks(root, lambda mask: np.where(mask == 3, 9, mask).astype(np.uint8))
     return "class without pixels", set()
@@ -122,6 +132,7 @@ DEFECTS = {
     "crop of a training image held out": Defect(
         "streets", crop_to_validation, frozenset({"odd size"})
     ),
+    "mirrored training image held out": Defect("streets", mirror_to_validation),
     "same image with different masks": Defect("streets", copy_pair_with_another_mask),
     "splits of different class shares": Defect(
         "streets", relabel_validation, frozenset({"class missing from validation"})

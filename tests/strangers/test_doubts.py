@@ -378,6 +378,28 @@ def test_overlays_that_are_called_masks_are_no_images(tmp_path: Path) -> None:
     assert {pair.mask.parent.name for pair in find_dataset(tmp_path).pairs} == {"masks_machine"}
 
 
+def test_ids_in_jpeg_files_are_refused(tmp_path: Path) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.jpg", label)
+    with pytest.raises(
+        DataError, match=r"JPEG files of the values 0, 1, .*export the masks as PNG"
+    ):
+        find_dataset(tmp_path)
+
+
+def test_an_image_without_a_mask_in_each_folder_is_no_other_set_of_images(tmp_path: Path) -> None:
+    for place in ("aachen", "ica"):
+        for k in range(5):
+            image, label = yard(k)
+            save(tmp_path / place / "images" / f"{place}_{k}.png", image)
+            if k < 4:
+                save(tmp_path / place / "labels" / f"{place}_{k}.png", label)
+    with pytest.raises(DataError, match="2 images without a mask"):
+        find_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(("high", "ignored"), [((254, 255), (255,)), ((65535,), ())])
 def test_highest_values_beside_ids_are_ignored_or_mentioned(
     tmp_path: Path, high: tuple[int, ...], ignored: tuple[int, ...]

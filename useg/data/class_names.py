@@ -103,12 +103,12 @@ class NamedClasses:
 
 
 def means_unlabelled(name: str) -> bool:
-    """Whether a class's name says that its pixels have no label.
+    """Whether a class's name says that its pixels have no label, also after a group (Mapillary's).
 
-    >>> means_unlabelled("Unlabeled"), means_unlabelled("background")
-    (True, False)
+    >>> [means_unlabelled(name) for name in ("Unlabeled", "void--unlabeled", "background")]
+    [True, True, False]
     """
-    return _UNLABELLED.fullmatch(name.strip()) is not None
+    return _UNLABELLED.fullmatch(name.rpartition("--")[2].strip()) is not None
 
 
 def find_class_names(root: Path) -> list[NamedClasses]:

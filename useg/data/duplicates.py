@@ -163,6 +163,32 @@ def group_near_duplicates(signatures: NDArray[np.uint8]) -> NDArray[np.intp]:
     return groups
 
 
+def find_turned_copies(
+    signatures: NDArray[np.uint8], others: NDArray[np.uint8], least: float
+) -> list[tuple[int, int, float]]:
+    """Return which images are mirrored or rotated copies of others.
+
+    Args:
+        signatures: ``(N, 256)``, as :func:`compute_signature` returns them.
+        others: ``(M, 256)``, likewise.
+        least: The lowest correlation of copies.
+
+    Returns:
+        The index among ``signatures``, that among ``others``, and the correlation of the signatures
+        when one is turned; in all orientations but the upright one.
+    """
+    grids = signatures.reshape(-1, SIGNATURE_SIDE, SIGNATURE_SIDE)
+    turned = [np.rot90(grids, turns, (1, 2)) for turns in range(4)]
+    turned = [*turned[1:], *(grid[:, :, ::-1] for grid in turned)]
+    vectors = normalize_signatures(others)
+    found: dict[tuple[int, int], float] = {}
+    for grid in turned:
+        correlations = normalize_signatures(grid.reshape(len(grid), -1)) @ vectors.T
+        for k, n in np.argwhere(correlations >= least).tolist():
+            found[k, n] = max(found.get((k, n), 0.0), float(correlations[k, n]))
+    return [(k, n, correlation) for (k, n), correlation in sorted(found.items())]
+
+
 # The landmarks of an image (N, 3) uint64, N up to 256: hash, column and row, the lowest hash first.
 Landmarks = NDArray[np.uint64]
 

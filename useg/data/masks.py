@@ -264,7 +264,8 @@ def _decide_by_content(
             "it as a class, list it in classes.toml"
         )
     decision = _decide_by_value(values - set(nodata), kept, ignore, nodata, notes)
-    return replace(decision, problem=decision.problem or _describe_two_scales(kept))
+    problem = decision.problem or _describe_two_scales(kept) or _describe_lossy_ids(kept)
+    return replace(decision, problem=problem)
 
 
 def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:
@@ -530,6 +531,18 @@ def _describe_two_scales(masks: Sequence[MaskContent]) -> str:
         return ""
     other = next(mask for mask in groups[1] if mask.codes[-1] > 0)
     return _describe_two_ways(groups[0][0], other, "ids", "grey levels")
+
+
+def _describe_lossy_ids(masks: Sequence[MaskContent]) -> str:
+    """Return a problem if most masks are JPEG files of ids, which JPEG mixes up, or ``""``."""
+    lossy = [mask for mask in masks if is_lossy(mask) and _has_low_ids(mask)]
+    if 2 * len(lossy) <= len(masks):
+        return ""
+    return (
+        f"the masks, such as '{lossy[0].path}', are JPEG files of the values "
+        f"{_join(lossy[0].codes.tolist())}; JPEG alters values by one or more, so neighbouring ids "
+        "are mixed up; export the masks as PNG"
+    )
 
 
 def _has_low_ids(mask: MaskContent) -> bool:

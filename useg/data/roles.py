@@ -208,7 +208,15 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
             choice, notes_of_choice, field_of_view = _choose_masks([main, *rivals], files)
             notes += notes_of_choice
         every_mask = masks | extra | {mask for link in rivals for mask in link.partners.values()}
-        twins = _list_series((link.partners for link in _twins(main, links)), files)
+        # A rule of few images, such as 4 -> 0, says nothing about the others.
+        twins = _list_series(
+            (
+                link.partners
+                for link in _twins(main, links)
+                if 2 * len(link.partners) >= len(images)
+            ),
+            files,
+        )
         others = frozenset(every_mask | twins | set(choice.partners))
         kept = further if choice is main else {}
         yield ChosenPairs(choice, kept, others, tuple(notes), field_of_view)

@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE
 from useg.data.dataset import Pair
-from useg.data.duplicates import find_near_duplicates, find_overlaps
+from useg.data.duplicates import (
+    MAX_COMPARED_PAIRS,
+    find_near_duplicates,
+    find_overlaps,
+    find_turned_copies,
+)
 from useg.data.splits import find_sequences
 from useg.doctor.alignment import reread_pair
 from useg.doctor.measure import (
@@ -184,32 +189,63 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
     )
 
 
-def check_overlaps(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find held-out images that are crops of training images, or overlap them, pixel by pixel.
+def check_hidden_copies(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find held-out images that are crops, or mirrored or rotated copies, of training images.
 
-    Frames of one video are left to :func:`check_video_sequences`.
+    Crops are found by equal pixels. Frames of one video are left to :func:`check_video_sequences`.
     """
     frames = {each.pair for group in data.once(find_video_sequences) for each in group}
-    sides = [
+    held_out, training = (
         [
-            (each, each.image.landmarks)
+            (each, each.image)
             for each in data.measurements
             if each.image is not None and each.pair.split in splits
         ]
         for splits in (_HELD_OUT_SPLITS, ("train",))
-    ]
-    held_out, training = ([landmarks for _, landmarks in side] for side in sides)
-    found = [
-        _Duplicate(sides[0][k][0], sides[1][n][0], share, False, 1.0)
-        for k, n, share in find_overlaps(held_out, training)
-        if not {sides[0][k][0].pair, sides[1][n][0].pair} <= frames
-    ]
-    if not found:
+    )
+
+    def list_copies(found: Sequence[tuple[int, int, float]]) -> list[_Duplicate]:
+        both = ((held_out[k][0], training[n][0], share) for k, n, share in found)
+        return [
+            _Duplicate(one, other, share, False, 1.0)
+            for one, other, share in both
+            if not {one.pair, other.pair} <= frames
+        ]
+
+    overlaps = list_copies(
+        find_overlaps(*([image.landmarks for _, image in side] for side in (held_out, training)))
+    )
+    if overlaps:
+        yield _hidden_copies(
+            data,
+            overlaps,
+            "overlap across splits",
+            "have the same pixels at different places, as crops or overlapping tiles of one image "
+            "have",
+            "an overlapping image",
+        )
+    if not held_out or not training or len(data.measurements) > MAX_COMPARED_PAIRS:
         return
+    one, other = (np.stack([image.signature for _, image in side]) for side in (held_out, training))
+    turned = list_copies(find_turned_copies(one, other, MIN_REPORTED_CORRELATION))
+    if turned:
+        yield _hidden_copies(
+            data,
+            turned,
+            "turned copies across splits",
+            "are nearly the same image, mirrored or rotated",
+            "a mirrored or rotated copy",
+        )
+
+
+def _hidden_copies(
+    data: MeasuredDataset, found: Sequence[_Duplicate], kind: str, how: str, what: str
+) -> Finding:
+    """Report held-out images that are copies of training images in another form."""
     first = max(found, key=lambda each: each.correlation)
     more = f" ({format_count(len(found), 'such pair')})" if len(found) > 1 else ""
-    yield Finding(
-        "overlap across splits",
+    return Finding(
+        kind,
         "warning" if data.dataset.splits_by.startswith(_OWN_SPLITS) else "error",
         tuple(
             dict.fromkeys(
@@ -219,11 +255,10 @@ def check_overlaps(data: MeasuredDataset) -> Iterator[Finding]:
             )
         ),
         f"'{data.pair_name(first.measurement)}' in {first.measurement.pair.split} and "
-        f"'{data.pair_name(first.original)}' in train have the same pixels at different places, as "
-        f"crops or overlapping tiles of one image have{more}",
-        "the score would measure memorisation: keep all crops of an image in one split with a "
-        "split.csv",
-        tuple(_separate(data, found, "an overlapping image")),
+        f"'{data.pair_name(first.original)}' in train {how}{more}",
+        "the score would measure memorisation: keep all copies and crops of an image in one split "
+        "with a split.csv",
+        tuple(_separate(data, found, what)),
     )
 
 

@@ -61,7 +61,7 @@ CHECKS: tuple[Check, ...] = (
     alignment.check_exchanged_masks,
     alignment.check_single_masks,
     leaks.check_duplicates,
-    leaks.check_overlaps,
+    leaks.check_hidden_copies,
     leaks.check_exposure,
     damage.check_mixed_images,
     damage.check_file_suffixes,
