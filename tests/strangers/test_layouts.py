@@ -171,6 +171,20 @@ def test_finished_masks_win_over_scribbles_and_nothing_is_called_too_much(tmp_pa
     assert (dataset.images, dataset.masks) == ((), ())
 
 
+def test_masks_in_two_formats_beside_overlays_are_one_set(tmp_path: Path) -> None:
+    # LabelMe's export to VOC.
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "JPEGImages" / f"{k}.jpg", image)
+        save(tmp_path / "SegmentationClassPNG" / f"{k}.png", label)
+        save(tmp_path / "SegmentationClassVisualization" / f"{k}.jpg", image // 2 + 60)
+        (tmp_path / "SegmentationClass").mkdir(exist_ok=True)
+        np.save(tmp_path / "SegmentationClass" / f"{k}.npy", label)
+    dataset = find_dataset(tmp_path)
+    assert {pair.mask.suffix for pair in dataset.pairs} == {".npy"}
+    assert "PNG/*.png shows the same as SegmentationClass/*.npy in another" in dataset.notes[0]
+
+
 def test_classes_win_over_numbered_objects_and_panoptic_colours(tmp_path: Path) -> None:
     for k in range(6):
         split = "training" if k < 5 else "validation"

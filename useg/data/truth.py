@@ -182,6 +182,11 @@ class _Look:
             *(frozenset(map(str.casefold, split_name(stem))) for stem in stems)
         )
 
+    @property
+    def suffix(self) -> str:
+        """The suffix of its first file."""
+        return min(self.candidate.masks.values()).suffix.lower()
+
     @cached_property
     def values(self) -> list[NDArray[np.int64]]:
         return [np.unique(points) for points in self.points if points is not None]
@@ -457,6 +462,8 @@ def _explain(one: _Look, other: _Look) -> str:
             other.is_colored,
             int(other.all_values[-1]),
         )
+        if one.suffix > other.suffix and all((a == b).all() for a, b in _pairs(one, other)):
+            return f"shows the same as {name} in another format"
         how = "in colours" if one.is_colored else "with other values"
         return f"shows the same as {name} {how}" if is_plainer else ""
     if back >= _FOLLOWS and one.numbers_objects and not other.numbers_objects:
