@@ -1,7 +1,7 @@
-"""Measure how much code an image passes through: the modules and lines that run in one job.
+"""Measure the code path of an image: the modules and lines that run in one job.
 
-    python scripts/measure_way.py             # print both
-    python scripts/measure_way.py FILE.json   # write both: job -> module -> lines
+    python scripts/measure_code_path.py             # print both
+    python scripts/measure_code_path.py FILE.json   # write both: job -> module -> lines
 
 The jobs are ``train``, from a folder to the first model file, and ``predict``, from images to label
 maps.
@@ -40,7 +40,7 @@ IS_FUNCTION = 0x2
 
 
 @dataclass(frozen=True)
-class Way:
+class CodePath:
     """What ran in a job.
 
     Args:
@@ -51,12 +51,12 @@ class Way:
 
     @property
     def modules(self) -> list[str]:
-        """The modules on the way, without the foundations."""
+        """The modules on the code path, without the foundations."""
         return sorted(name for name in self.lines if name not in FOUNDATIONS)
 
     @property
     def num_lines(self) -> int:
-        """All lines on the way, those of the foundations too."""
+        """All lines on the code path, those of the foundations too."""
         return sum(self.lines.values())
 
 
@@ -88,11 +88,11 @@ class Tracer:
         threading.setprofile(self)
         sys.setprofile(self)
 
-    def stop(self) -> Way:
+    def stop(self) -> CodePath:
         """End, and count the lines."""
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
-        return Way({name: _count(name, lines) for name, lines in self.first_lines.items()})
+        return CodePath({name: _count(name, lines) for name, lines in self.first_lines.items()})
 
 
 def _count(name: str, first_lines: set[int]) -> int:
@@ -108,22 +108,22 @@ def _count(name: str, first_lines: set[int]) -> int:
     return total
 
 
-def measure_training(folder: Path) -> Way:
-    """Train the default network on made scenes; the way ends with the first model file.
+def measure_training(folder: Path) -> CodePath:
+    """Train the default network on made scenes; the code path ends with the first model file.
 
-    The doctor's survey of the data, which `force` leaves out, stands beside this way.
+    The doctor's survey of the data, which `force` leaves out, is not part of it.
     """
     from useg.api import train
     from useg.scenes.scene import write_scenes
     from useg.training import session
 
     write_scenes(folder / "scenes", MADE_SCENES, (96, 64))
-    write_model, ways = session.save_model, []
+    write_model, code_paths = session.save_model, []
 
     def write_and_stop(*arguments: Any) -> None:
         write_model(*arguments)
-        if not ways:
-            ways.append(tracer.stop())
+        if not code_paths:
+            code_paths.append(tracer.stop())
 
     tracer = Tracer()
     session.save_model = write_and_stop
@@ -132,10 +132,10 @@ def measure_training(folder: Path) -> Way:
         train(folder / "scenes", folder / "run", settings={"train.steps": 2}, force=True)
     finally:
         session.save_model = write_model
-    return ways[0]
+    return code_paths[0]
 
 
-def measure_prediction(folder: Path) -> Way:
+def measure_prediction(folder: Path) -> CodePath:
     """Label images with the model that :func:`measure_training` has made."""
     from useg.inference.files import predict
 
@@ -146,20 +146,21 @@ def measure_prediction(folder: Path) -> Way:
 
 
 def main() -> None:
-    """Print the ways of both jobs, or write them as JSON to a file."""
+    """Print the code paths of both jobs, or write them as JSON to a file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["USEG_CACHE"] = str(folder / "cache")
-        ways = {"train": measure_training(folder), "predict": measure_prediction(folder)}
+        code_paths = {"train": measure_training(folder), "predict": measure_prediction(folder)}
     if len(sys.argv) > 1:
-        lines = {job: way.lines for job, way in ways.items()}
+        lines = {job: code_path.lines for job, code_path in code_paths.items()}
         Path(sys.argv[1]).write_text(json.dumps(lines), "utf-8")
         return
-    for job, way in ways.items():
+    for job, code_path in code_paths.items():
         print(f"{job}:")
-        for module, count in sorted(way.lines.items()):
+        for module, count in sorted(code_path.lines.items()):
             print(f"{count:6} {module}" + ("  (foundation)" if module in FOUNDATIONS else ""))
-        print(f"{len(way.modules)} modules beside the foundations, {way.num_lines} lines in all")
+        num_modules, num_lines = len(code_path.modules), code_path.num_lines
+        print(f"{num_modules} modules beside the foundations, {num_lines} lines in all")
 
 
 if __name__ == "__main__":
