@@ -29,7 +29,8 @@ SCANS = "`useg predict` on a synthetic scan, into a tiled label map with overvie
 SCAN_OBJECTS = (
     "`useg predict --objects` on a scan of discs, of which every fifth touches the next one, with "
     "a function in the place of the network: what it takes to find the objects, keep them apart "
-    "and write them."
+    "and write them. The discs are larger than the training objects of the model, so that useg "
+    "computes the scan at two scales."
 )
 SERVING = """\
 Clients send images to `useg serve` and wait for each label map, on the same cores. The speed

@@ -13,7 +13,8 @@ from the centre.
 ``--objects`` finds the objects of images of 2,500 and 20,000 pixels a side, the larger one with
 200,000 discs, of which every fifth touches the next one. A function takes the place of the network:
 the pixels are the depths. So what is measured is how the objects are found, kept apart and written.
-The result is ``scan_objects.json``.
+The discs are larger than the training objects of that model, so that it computes two scales. The
+result is ``scan_objects.json``.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from useg.scenes.scene import make_scene
 
 TILE, CROP = 512, 1024
 OBJECT_SIDES = (2500, 20000)
+# Side of a typical training object of the model, in pixels. The discs have 32, so that the image is
+# computed at a second scale, too.
+TRAINED_SIDE = 22.0
 # Distance of neighbouring discs, and their radius, in pixels; 447 x 447 discs on 20,000 pixels.
 PITCH, RADIUS = 44.7, 18
 # As useg.machine.tune sets it.
@@ -117,7 +121,8 @@ def depth_reader() -> Predictor:
     """A predictor of objects whose network is a function: pixels are depths, of 250 at most."""
     settings = {**SETTINGS, "channels": 1, "classes": 2, "objects": True}
     table = ClassTable(("background", "disc"), objects=(1,))
-    description = describe_model(Segmenter(settings, table, [0.0], [1.0]))
+    provenance = {"object_side": TRAINED_SIDE}
+    description = describe_model(Segmenter(settings, table, [0.0], [1.0], provenance=provenance))
 
     def run(x: np.ndarray) -> np.ndarray:
         depth = np.clip(x[:, 0].astype(np.float32) / 255, 1e-3, None)
