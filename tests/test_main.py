@@ -81,6 +81,19 @@ def test_an_interrupt_ends_with_a_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_within_generated_code_ends_with_the_status(tmp_path: Path) -> None:
+    program = """
+import signal, useg.__main__, useg.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+useg.cli.app = lambda *_, **__: exec("signal.raise_signal(signal.SIGINT)")
+useg.__main__.main()
+"""
+    (tmp_path / "program.py").write_text(program)
+    given = [sys.executable, "-m", "program"]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "useg: interrupted\n")
+
+
 @pytest.mark.skipif(not SOAK, reason="takes minutes; USEG_SOAK=1 runs it")
 @pytest.mark.parametrize("command", ["train", "predict", "serve", "export"])
 def test_an_interrupt_at_any_time_ends_with_a_sentence(

@@ -41,6 +41,9 @@ def main() -> NoReturn:
         _exit_with_sentence()
     except SystemExit as ending:
         status = ending.code
+        # If an interruption has passed through generated code, Python ends by the signal and not
+        # with this status, unless other such code has run since.
+        eval("0")
         raise
     finally:
         # Python still waits for threads. A command that shuts down gracefully has its own handler.

@@ -188,10 +188,14 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], boo
         raise UnreadableError(f"it is a .npy file of version {version[0]}.{version[1]}")
     length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
     # Python parses the header, and would print a warning about invalid escapes in it.
-    if b"\\" in file.read(min(length, _MAX_NPY_HEADER)):
-        raise ValueError("its header has a backslash")
+    if length > _MAX_NPY_HEADER or b"\\" in file.read(length):
+        raise ValueError("its header is too long, or has a backslash")
     file.seek(8)
-    shape, by_columns, dtype = read(file, max_header_size=_MAX_NPY_HEADER)
+    try:
+        shape, by_columns, dtype = read(file)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        # The messages of NumPy and Python are for programmers.
+        raise ValueError("its header is not that of an array") from error
     if dtype.kind not in "buif":
         raise UnreadableError(f"it stores {dtype} and not numbers")
     if min(shape, default=0) < 0:

@@ -243,9 +243,9 @@ BOMB = (
         (cvat('<polygon label="car" points="1,1;2,2"/>'), "has an outline of 2 points"),
         (
             cvat('<polygon label="car" points="1,1;2,inf;3,3"/>'),
-            "a <polygon> has a coordinate that is NaN or infinite",
+            "has a shape with a coordinate that is NaN or infinite",
         ),
-        (cvat('<polygon label="car" points="1,1;2;3,3"/>'), "is not valid CVAT"),
+        (cvat('<polygon label="car" points="1,1;2;3,3"/>'), "points are not pairs of numbers"),
         (cvat('<polygon points="1,1;2,2;3,3"/>'), "'label' is missing"),
         (
             cvat('<mask label="car" rle="3" left="0" top="0" width="2" height="2"/>'),

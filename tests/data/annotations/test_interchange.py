@@ -349,9 +349,10 @@ def test_a_file_of_very_many_damaged_parts_is_refused(tmp_path, monkeypatch):
         find_dataset(yolo(tmp_path / "b", lines))
 
 
-def test_a_yolo_file_that_is_not_text_is_skipped_with_its_image(tmp_path):
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\n" * 300_001, b" " * 20_000_001])
+def test_a_yolo_file_that_is_not_text_or_too_long_is_skipped_with_its_image(tmp_path, content):
     yolo(tmp_path)
-    (tmp_path / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "labels" / "train" / "a.txt").write_bytes(content)
     dataset = find_dataset(tmp_path)
     assert images_and_splits(dataset) == [("images/val/a.jpg", "val")]
     assert "a.txt' cannot be read as text" in dataset.skipped[0].reason

@@ -25,7 +25,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -496,12 +496,8 @@ def _numbers(drawn: Element, *keys: str) -> list[float]:
     return values
 
 
-def _points(drawn: Element) -> Points:
-    pairs = [point.split(",") for point in drawn.attrib["points"].split(";")]
-    points = [(float(x), float(y)) for x, y in pairs]
-    if not all(math.isfinite(value) for point in points for value in point):
-        raise ValueError(f"a <{drawn.tag}> has a coordinate that is NaN or infinite")
-    return points
+def _points(drawn: Element) -> Iterator[Sequence[str]]:
+    return (point.split(",") for point in drawn.attrib["points"].split(";"))
 
 
 def _polygon(drawn: Element, source: str) -> Outlines:

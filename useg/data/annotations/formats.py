@@ -37,8 +37,8 @@ from useg.images.files import decode_coverage, decode_size, read_size
 from useg.images.formats import IMAGE_SUFFIXES
 from useg.parsing import open_file, read_limited
 
-# A list of class names is far smaller: 30 kB name 1,203 classes.
-MAX_YAML_BYTES = 1_000_000
+# A list of class names is far smaller: 30 kB name 1,203 classes. Parsing as much takes a second.
+MAX_YAML_BYTES = 100_000
 
 # The largest file of COCO has 470 MB. In large files, a JSON list or object and an XML element take
 # at least so many bytes on average, since each takes up to 30 times as much memory as text.

@@ -243,8 +243,8 @@ def read_coco_panoptic(path: Path, content: dict[str, Any], reading: Reading) ->
 
 # YOLO
 
-# Of an outline with 100,000 points in each of its 1,000 objects.
-_MAX_TEXT_BYTES = 200_000_000
+# Of an outline with 1,000 points in each of its 1,000 objects; no image may have more lines.
+_MAX_TEXT_BYTES, _MAX_LINES = 20_000_000, 300_000
 
 
 def find_label_file(image: Path, root: Path) -> Path | None:
@@ -308,7 +308,10 @@ def _describe_range(names: Mapping[int, str]) -> str:
 def _read_outlines(image: Path, path: Path, reading: Reading) -> list[tuple[int, int, bytes]]:
     """Return the number of the line, the class and the outline of each object."""
     try:
-        lines = io.StringIO(read_limited(path, _MAX_TEXT_BYTES).decode("utf-8"), newline=None)
+        content = read_limited(path, _MAX_TEXT_BYTES)
+        if content.count(b"\n") + content.count(b"\r") > _MAX_LINES:
+            raise ValueError(f"it has more than {_MAX_LINES:,} lines")
+        lines = io.StringIO(content.decode("utf-8"), newline=None)
     except (OSError, ValueError) as error:
         reason = f"'{path}' cannot be read as text ({error}); save or copy it again, or remove it"
         reading.skip(path, reason, image.as_posix())

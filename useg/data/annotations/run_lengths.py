@@ -156,6 +156,7 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     found = {
         image: _Rows(names, np.array(numbers, np.int64).reshape(-1, 2).T, np.array(ends, np.int64))
         for image, (names, numbers, ends) in listed.items()
+        if names
     }
     start, notes = _find_start(found.values())
     for image, rows_of_image in found.items():
@@ -177,13 +178,13 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     drawn = []
     for image, entry in entries.items():
         size = reading.size(entry)
-        shapes = (
-            Shape(name, runs=runs)
-            for name, runs in zip(
-                found[image].names, _to_run_lengths(found[image], size, by_columns), strict=True
+        shapes: tuple[Shape, ...] = ()
+        if image in found:
+            masks = _to_run_lengths(found[image], size, by_columns)
+            shapes = tuple(
+                Shape(name, runs=runs) for name, runs in zip(found[image].names, masks, strict=True)
             )
-        )
-        drawn.append(replace(entry, drawing=Drawing(tuple(shapes), size)))
+        drawn.append(replace(entry, drawing=Drawing(shapes, size)))
     all_names = {name for each in found.values() for name in each.names}
     notes = (note, *notes, *_describe_unlisted(path, entries.values(), reading))
     return Annotations(
