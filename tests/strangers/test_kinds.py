@@ -345,8 +345,8 @@ def test_run_lengths_that_do_not_fit_their_image_are_skipped(tmp_path: Path) -> 
     ("kind", "note"),
     [
         ("from 0", "a run begins at 0"),
-        ("borders from 0", "reach the borders of the images from 0"),
-        ("relative", "counted from the end of the run before"),
+        ("borders from 0", "because only then do many runs end at the borders"),
+        ("relative", "counted from the end of the previous run"),
     ],
 )
 def test_tables_may_count_pixels_from_zero_or_from_the_run_before(

@@ -198,9 +198,10 @@ def _may_count_from_one(table: ClassTable, named: NamedClasses) -> bool:
 def _describe_shift(named: NamedClasses) -> str:
     last = max((each.id or 0, each.name) for each in named.classes)
     return (
-        f"'{named.file}' calls the value 0 unlabelled, but the masks have 255 for that and never "
-        f"have {last[0]} ('{last[1]}'), so their values may be lower by one than the file's, "
-        "as in COCO-Stuff; list the classes with the values of the masks in classes.toml"
+        f"'{named.file}' lists 0 as unlabelled, but the masks mark unlabelled pixels with 255 and "
+        f"never contain {last[0]} ('{last[1]}'). The values in the masks may be lower by one than "
+        "those in the file, as in COCO-Stuff; list the classes with the values of the masks in "
+        "classes.toml"
     )
 
 

@@ -309,8 +309,8 @@ def check_exchanged_masks(data: MeasuredDataset) -> Iterator[Finding]:
             "masks fit no images",
             "warning",
             (),
-            "the class boundaries of the masks lie on the edges of their own images no more than "
-            "on those of other images",
+            "the masks match the edges in their own images no better than the edges in other "
+            "images",
             "look at some images with their masks: file names may pair what does not belong "
             "together",
         )

@@ -220,8 +220,8 @@ def check_hidden_copies(data: MeasuredDataset) -> Iterator[Finding]:
             data,
             overlaps,
             "overlap across splits",
-            "have the same pixels at different places, as crops or overlapping tiles of one image "
-            "have",
+            "show the same pixels at different places, like crops or overlapping tiles of one "
+            "image",
             "an overlapping image",
         )
     if not held_out or not training or len(data.measurements) > MAX_COMPARED_PAIRS:

@@ -166,8 +166,8 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     by_columns, note = _find_order(found, entries, reading)
     if start == 1 and _reach_borders_from_zero(found, entries, by_columns, reading):
         notes = (
-            "so many of the run lengths reach the borders of the images from 0, that pixels "
-            "are counted from 0",
+            "pixels of the run lengths are counted from 0, because only then do many runs end "
+            "at the borders of the images",
         )
         found = {
             image: replace(each, runs=np.add(each.runs, [[1], [0]]))
@@ -226,8 +226,8 @@ def _find_start(found: Iterable[_Rows]) -> tuple[int | None, tuple[str, ...]]:
         num_rising += int((rows.sizes > 1).sum()) - falling
     if num_falling > num_rising:
         return None, (
-            "the starts of the run lengths do not rise, so they are counted from the end of the "
-            "run before, the first from 0",
+            "the starts of the runs do not increase, so each is counted from the end of the "
+            "previous run, and the first from 0",
         )
     note = "a run begins at 0, so the run lengths count pixels from 0"
     return (0, (note,)) if has_zero else (1, ())
