@@ -85,8 +85,8 @@ def test_a_second_run_counts_what_is_up_to_date(
     with pytest.raises(SystemExit):
         main(["scenes", str(scenes), "--count", "1", "--size", "64x48"])
     for summary in (
-        f"1 label maps in {out}, computed by torch",
-        f"1 label maps in {out}, 1 of them already up to date, computed by torch",
+        f"1 label map in {out}, computed by torch",
+        f"1 label map in {out}, 1 of them already up to date, computed by torch",
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

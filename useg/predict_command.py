@@ -308,9 +308,11 @@ def _describe_unlike(unlike: Sequence[Path], num_labelled: int) -> list[str]:
         return []
     more = f" and {len(unlike) - 3:,} more" if len(unlike) > 3 else ""
     names = ", ".join(printable(path.name) for path in unlike[:3])
+    look = "looks" if len(unlike) == 1 else "look"
     return [
-        f"{len(unlike):,} of {format_count(num_labelled, 'image')} look unlike the training images "
-        f"(brightness, contrast, colours or sharpness): {names}{more}; expect more errors there"
+        f"{len(unlike):,} of {format_count(num_labelled, 'image')} {look} unlike the training "
+        f"images (brightness, contrast, colours or sharpness): {names}{more}; expect more errors "
+        "there"
     ]
 
 
@@ -406,7 +408,8 @@ def _describe_left_out(masks: Sequence[Path]) -> list[str]:
 
 
 def _count_label_maps(count: int, kept: int, out: Path) -> str:
-    return f"{count} label maps in {out}" + (f", {kept} of them already up to date" if kept else "")
+    up_to_date = f", {kept} of them already up to date" if kept else ""
+    return f"{format_count(count, 'label map')} in {out}{up_to_date}"
 
 
 def _report_failures(result: _Result, verb: str) -> None:

@@ -342,7 +342,7 @@ def test_images_unlike_the_training_images_are_named(
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["unlike_training"] == [str(folder / "night.png")]
     assert (
-        "1 of 4 images look unlike the training images (brightness, contrast, colours or "
+        "1 of 4 images looks unlike the training images (brightness, contrast, colours or "
         "sharpness): night.png; expect more errors there"
     ) in capsys.readouterr().out
 

@@ -195,8 +195,9 @@ def _compare_with_training(
         )
     known = [distance for distance in distances if distance is not None]
     if num_unlike := sum(distance > 1 for distance in known):
+        look = "looks" if num_unlike == 1 else "look"
         notes.append(
-            f"{num_unlike:,} of {format_count(len(known), 'image')} look unlike the training "
+            f"{num_unlike:,} of {format_count(len(known), 'image')} {look} unlike the training "
             "images (brightness, contrast, colours or sharpness)"
         )
     return tuple(notes)
