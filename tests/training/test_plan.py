@@ -117,6 +117,19 @@ def test_whole_scenes_get_another_look_a_narrow_zoom_and_a_low_encoder_rate(tmp_
     assert asked.settings.train.photometric == 1.0
 
 
+@pytest.mark.parametrize(("light", "strength"), [(4.0, 0.0), (1.2, 0.25)])
+def test_whole_scenes_that_show_other_light_themselves_get_no_other_look(
+    light: float, strength: float, tmp_path: Path
+) -> None:
+    dataset = make_street_dataset(tmp_path / "data")
+    for k, pair in enumerate(dataset.of("train")):
+        pixels = np.asarray(Image.open(pair.image)) / light ** (k % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(pair.image)
+    chosen = planned(dataset)
+    assert chosen.settings.train.photometric == strength
+    assert ("times as bright" in chosen.reasons["train.photometric"]) == (strength == 0)
+
+
 def test_photographs_are_reduced_even_if_their_labels_may_be_anywhere(tmp_path: Path) -> None:
     chosen = planned(make_disc_dataset(tmp_path / "data", size=(640, 480)))
     assert chosen.settings.data.size == (256, 192)

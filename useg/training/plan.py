@@ -20,7 +20,7 @@ labels allow |
 | ``train.encoder_rate`` | low for images with a natural orientation, to keep more of the \
 pretraining |
 | ``train.zoom`` | wider for images that are not of whole scenes |
-| ``train.photometric`` | on for whole scenes |
+| ``train.photometric`` | on for whole scenes, unless their light differs much already |
 | ``train.steps`` | as many as fit into the time, measured at the start \
 (:func:`useg.training.schedule.count_steps`) and during training \
 (:class:`useg.training.schedule.TimeBudget`) |
@@ -478,7 +478,8 @@ class _Planner:
             upright = self.label_statistics.vertical_information()
             self.decide("train.encoder_rate", *choose_encoder_rate(model, upright))
         self.decide("train.zoom", *choose_zoom(known))
-        self.decide("train.photometric", *choose_photometric(known))
+        if self.settings.train.photometric is None:
+            self.decide("train.photometric", *choose_photometric(known, self.dataset))
 
 
 def _fit_crop(

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label, count_pixels
 from useg.config import ModelSettings, Settings
-from useg.data.dataset import Dataset, pick_evenly, read_label
+from useg.data.dataset import Dataset, pick_evenly, read_label, read_pair_image
 from useg.images.files import resize_label
 from useg.models import encoders
 from useg.models.pretrained import PACKAGED
 from useg.scoring.metrics import class_ious, confusion, tally
 
-# Training masks that are read to plan, evenly spread over the data set.
+# Training masks, or images, that are read to plan, evenly spread over the data set.
 NUM_MASKS_READ = 16
 
 # Positions are the cells of a grid with this many rows and columns. The information that is due to
@@ -59,6 +59,10 @@ SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
 # Strength of the photometric augmentation of whole scenes: the best on other streets, recordings
 # and laboratories together (benchmarks/generalise.py).
 PHOTOMETRIC = 0.25
+
+# Training images show other light by themselves if bright ones are this many times as bright as
+# dark ones.
+VARIED_LIGHT = 2.25
 
 # Settings that shape a network, and their values for the paper's U-Net.
 _PLAIN = {
@@ -272,11 +276,29 @@ def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
     return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
 
 
-def choose_photometric(position_information: float) -> tuple[float, str]:
+def choose_photometric(position_information: float, dataset: Dataset) -> tuple[float, str]:
     """Return the strength of the photometric augmentation and the reason."""
-    if position_information >= MIN_POSITION_INFORMATION:
-        return PHOTOMETRIC, "new images of whole scenes come from other cameras, places and light"
-    return 0.0, "changed colours have gained nothing with images that are not of whole scenes"
+    if position_information < MIN_POSITION_INFORMATION:
+        return 0.0, "changed colours have gained nothing with images that are not of whole scenes"
+    light = measure_light(dataset)
+    if light >= VARIED_LIGHT:
+        return 0.0, (
+            f"the training images show other light by themselves: bright ones are {light:.1f} "
+            "times as bright as dark ones"
+        )
+    return PHOTOMETRIC, "new images of whole scenes come from other cameras, places and light"
+
+
+def measure_light(dataset: Dataset) -> float:
+    """Return how many times as bright as dark training images bright ones are, at least 1.
+
+    It is the 95th percentile of the mean pixels of some images, divided by the 5th; 1 if one of
+    them is not positive.
+    """
+    pairs = pick_evenly(dataset.of("train"), NUM_MASKS_READ)
+    means = [float(read_pair_image(pair).mean(dtype=np.float64)) for pair in pairs]
+    dark, bright = np.percentile(means, (5, 95))
+    return float(bright / dark) if min(means) > 0 else 1.0
 
 
 def choose_batch(pixels: int) -> tuple[int, str]:
