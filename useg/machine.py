@@ -153,7 +153,10 @@ class OtherPrograms:
 
 
 def _read_processor_seconds() -> tuple[float, float, float] | None:
-    """Return seconds now: of the clock, of the busy cores, and of this process on them."""
+    """Return seconds now: of the clock, of the busy cores, and of this process on them.
+
+    Those of processes that it has started count as its own when they have ended.
+    """
     try:
         lines = Path("/proc/stat").read_text().splitlines()
         allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
@@ -163,7 +166,9 @@ def _read_processor_seconds() -> tuple[float, float, float] | None:
     except (OSError, ValueError, IndexError, AttributeError):
         # Not Linux.
         return None
-    return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+    children = os.times()[2:4]
+    own = time.process_time() + sum(children)
+    return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), own
 
 
 def in_parallel(

@@ -66,9 +66,10 @@ def test_busy_cores_are_those_that_this_process_may_use(
     monkeypatch.setattr(
         "useg.machine.time", SimpleNamespace(perf_counter=lambda: 1.0, process_time=lambda: 2.0)
     )
+    monkeypatch.setattr("os.times", lambda: (2.0, 0.0, 0.5, 0.25, 9.0))
     from useg.machine import _read_processor_seconds
 
-    assert _read_processor_seconds() == (1.0, 0.27, 2.0)
+    assert _read_processor_seconds() == (1.0, 0.27, 2.75)
 
 
 def test_unknown_system_keeps_its_threads(
@@ -83,7 +84,7 @@ def test_run_beside_other_programs_uses_fewer_threads_and_repeats_exactly(
     two_threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, learn = make_disc_dataset(tmp_path / "data"), Trainer.train_step
-    others, used = iter([0.0, 0.0, 1.8, 1.9, 0.1]), []
+    others, used = iter([0.0, 0.0, 1.9, 1.8, 1.9, 0.1]), []
 
     def look(trainer: Trainer, *batch: Any) -> Tensor:
         used.append(torch.get_num_threads())

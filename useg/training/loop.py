@@ -137,6 +137,7 @@ def fit(
 def _loop(session: TrainingSession) -> bool:
     """Train until the last step or an interruption; return whether it was interrupted."""
     stopwatch, recorder = session.stopwatch, session.recorder
+    session.threads.look_anew()
     with interruptible() as stop, recorder:
         stopwatch.start()
         taken: deque[TakenStep] = deque()

@@ -69,9 +69,14 @@ class ThreadControl:
         """Decide before the first step; return whether the number of threads changes."""
         if not self._may_change():
             return False
-        self._programs.cores()
+        self.look_anew()
         time.sleep(FIRST_WATCH_SECONDS)
         return self._adapt(0)
+
+    def look_anew(self) -> None:
+        """Forget what has happened so far, such as preparations with processes of their own."""
+        self._programs.cores()
+        self._watched = time.monotonic()
 
     def adapt(self, step: int) -> bool:
         """Decide after a step, if it is time to; return whether the number of threads changes."""
