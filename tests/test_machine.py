@@ -126,8 +126,8 @@ def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch: pytest.Monk
 
 def test_garbage_collection_goes_on_after_a_pause() -> None:
     def fail_in_a_pause() -> None:
-        with machine.paused_garbage_collection():
-            with machine.paused_garbage_collection():
+        with machine.paused_garbage_collection(freeze=True):
+            with machine.paused_garbage_collection(freeze=True):
                 pass
             assert not gc.isenabled()
             raise KeyError
@@ -141,7 +141,7 @@ def test_garbage_collection_goes_on_after_a_pause() -> None:
 def test_what_is_made_in_a_pause_of_garbage_collection_is_not_looked_at_again() -> None:
     before = gc.get_freeze_count()
     try:
-        with machine.paused_garbage_collection():
+        with machine.paused_garbage_collection(freeze=True):
             lists: list[list[int]] = [[] for _ in range(10_000)]
         assert gc.get_freeze_count() - before >= len(lists)
     finally:

@@ -144,7 +144,7 @@ def predict_command(
     Run the same command again to continue an interrupted job. Exit status 1 means that some images
     could not be labelled.
     """
-    with paused_garbage_collection():
+    with paused_garbage_collection(freeze=True):
         from useg.inference.files import parse_shard
         from useg.inference.outputs import OutputOptions
         from useg.inference.video import VIDEO_SUFFIXES

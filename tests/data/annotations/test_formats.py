@@ -11,13 +11,13 @@ from made_annotations import write_file, write_photo
 from useg.data.annotations.formats import (
     AnnotatedImage,
     Reading,
-    collector_paused,
     parse_yaml_names,
     read_class_names,
 )
 from useg.data.annotations.rasterize import Drawing
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
+from useg.machine import paused_garbage_collection
 
 
 @pytest.mark.parametrize("content", ["{", "", "\x00", "[" * 100_000, '{"a": 1e'])
@@ -126,8 +126,8 @@ def test_an_image_that_many_rows_name_is_looked_up_once(tmp_path, monkeypatch):
 
 
 def test_the_garbage_collector_continues_after_a_file_that_cannot_be_read():
-    with collector_paused():
+    with paused_garbage_collection():
         assert not gc.isenabled()
-    with pytest.raises(KeyError), collector_paused():
+    with pytest.raises(KeyError), paused_garbage_collection():
         raise KeyError
     assert gc.isenabled()

@@ -7,7 +7,6 @@ entry, one shape) is skipped and reported, and the rest is read.
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from collections import Counter, defaultdict
@@ -163,21 +162,6 @@ def parse_color(text: Any) -> Color | None:
         return None
     red, green, blue = bytes.fromhex(text.removeprefix("#"))
     return red, green, blue
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Keep Python's garbage collector from looking through the objects of a file as it is read.
-
-    It would do so again and again while they become more, and take a third of the time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class Reading:

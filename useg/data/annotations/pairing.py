@@ -35,7 +35,6 @@ from useg.data.annotations.formats import (
     AnnotatedImage,
     Annotations,
     Reading,
-    collector_paused,
     find_entry_split,
     join_annotations,
     read_bytes,
@@ -63,6 +62,7 @@ from useg.data.dataset import DetectedLayout, Pair
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError, format_count
 from useg.images.files import list_files, list_image_files, natural_key, read_size
+from useg.machine import paused_garbage_collection
 
 Test = Callable[[Any], bool]
 Read = Callable[[Path, Any, Reading], Annotations]
@@ -197,7 +197,7 @@ def _read_files(files: Sequence[Path], reading: Reading) -> Annotations | None:
     for path in files:
         if path.parent in instances and not path.stem.startswith("instances"):
             continue
-        with collector_paused():
+        with paused_garbage_collection():
             found = _READERS[path.suffix.lower()](path, reading)
         if found is not None:
             parts[found.layout].append(found)
@@ -345,7 +345,7 @@ def _pair_yolo(reading: Reading, pairs: Sequence[tuple[Path, Path]]) -> Detected
         *list_files(reading.root, (".yaml", ".yml")),
         *(path for path in list_files(reading.root, (".txt",)) if path.name == "classes.txt"),
     ]
-    with collector_paused():
+    with paused_garbage_collection():
         annotations = read_yolo(pairs, name_files, reading)
     images = [image for image, _ in pairs]
     return _to_layout(reading, annotations, list(zip(images, annotations.entries, strict=True)))
