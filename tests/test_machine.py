@@ -13,12 +13,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from waiting import eventually
 
 import useg
 from useg import machine
 from useg.data.cache_folder import compute_decoder_version
-from useg.machine import in_parallel
+from useg.machine import in_parallel, prefetch
+from useg.training.threads import keeping_threads
 
 TUNE = """
 import os
@@ -109,6 +111,13 @@ def test_parallel_work_that_has_not_begun_is_cancelled(monkeypatch: pytest.Monke
     eventually(lambda: begun == [0, 1, 2])
     results.close()  # type: ignore[attr-defined]
     assert begun == [0, 1, 2]
+
+
+def test_items_made_ahead_take_no_threads_from_those_that_use_them() -> None:
+    with keeping_threads():
+        torch.set_num_threads(3)
+        threads = prefetch(torch.get_num_threads() for _ in range(2))
+        assert [(made, torch.get_num_threads()) for made in threads] == [(1, 3), (1, 3)]
 
 
 def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ _EDGE_WINDOW_RADIUS = 8
 # Pixels that are sampled from an image; enough for its mean and deviation.
 _STATISTICS_PIXELS = 20_000
 
-# Differences between splits that augmentation covers anyway (useg/data/augment.py) do not count.
+# Differences between splits that augmentation covers anyway do not count (training/augment.py).
 # Brightness and colour are in standard deviations of the pixels. Augmentation changes all bands
 # alike, so colour has the smaller limit. Contrast and side length are differences of logarithms.
 _MIN_BRIGHTNESS_SHIFT = 0.35
