@@ -216,16 +216,14 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _compute_alone() -> None:
-    """Let PyTorch compute in this thread without further threads beside it.
+    """Give this thread no further threads: they would wait for those of the main thread.
 
-    Threads of two computations wait for each other on the same cores: on two of them, batches with
-    changed colours slowed EfficientNet-Lite0 down from 18 to 12 steps/s.
+    Batches with changed colours slowed EfficientNet-Lite0 down from 18 to 12 steps/s on two cores.
     """
     import torch
     from threadpoolctl import threadpool_limits
 
-    # PyTorch sets the number of threads when it is first used in a thread; only then it can change.
-    torch.get_num_threads()
+    torch.get_num_threads()  # Only after its first use in a thread, the number can change.
     threadpool_limits(1, user_api="openmp")
 
 

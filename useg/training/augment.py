@@ -71,8 +71,7 @@ class LookRange:
 
     def __bool__(self) -> bool:
         """Whether anything changes."""
-        parts = (self.grayscale, self.shading, self.fog, self.blur, self.noise, self.exposure)
-        return any((self.color_jitter, *parts))
+        return any(value for name, value in vars(self).items() if name != "limit")
 
 
 NO_LOOKS = LookRange()
@@ -125,10 +124,12 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
     colors = np.diag(gains)
     if channels == 3:
         saturation = 0.0 if happens(ranges.grayscale) else saturation
-        colors = _rotate_hue(hue) @ _saturate(saturation) @ colors
+        saturate = saturation * _IDENTITY + (1 - saturation) * _GRAY
+        # A rotation around the axis of greys.
+        turn = np.cos(hue) * _IDENTITY + np.sin(hue) * _CROSS + (1 - np.cos(hue)) * _AROUND
+        colors = turn @ saturate @ colors
     if happens(ranges.shading):
-        points = rng.normal(0, SHADING, (SHADING_POINTS, SHADING_POINTS))
-        shading = points.astype(np.float32)
+        shading = rng.normal(0, SHADING, (SHADING_POINTS,) * 2).astype(np.float32)
     if ranges.limit is not None and happens(ranges.fog):
         top = draw_uniform(rng, 0, MAX_FOG)
         fog, fog_color = (top, top * rng.random()), draw_uniform(rng, *FOG_BRIGHTNESS)
@@ -147,18 +148,6 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
 def draw_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     """Draw the same number as ``rng.uniform``, in a third of the time."""
     return low + (high - low) * rng.random()
-
-
-def _saturate(factor: float) -> NDArray[np.float64]:
-    saturation: NDArray[np.float64] = factor * _IDENTITY + (1 - factor) * _GRAY
-    return saturation
-
-
-def _rotate_hue(angle: float) -> NDArray[np.float64]:
-    """Return the rotation of colours around the axis of greys."""
-    cos = np.cos(angle)
-    rotation: NDArray[np.float64] = cos * _IDENTITY + np.sin(angle) * _CROSS + (1 - cos) * _AROUND
-    return rotation
 
 
 def apply_looks(
