@@ -145,7 +145,7 @@ def inspect_command(
 ) -> None:
     """Show the content of a data set and its problems; exit status 1 if there are errors."""
     from useg.config import Settings, parse_assignments
-    from useg.labelling.faulty import suggest_label_command
+    from useg.labelling.masks import suggest_label_command
     from useg.reporting.inspection import inspect_dataset
 
     if drop_doubtful and not fix:

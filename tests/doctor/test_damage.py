@@ -13,6 +13,7 @@ from made_doctor import (
     edit_picture,
     find_file,
     finding_of_kind,
+    overexpose,
     remove_mask,
     survey_folder,
     write_trees,
@@ -81,6 +82,11 @@ def reduce_depth(root: Path) -> Planted:
     return "mixed number types", {path.name}
 
 
+def blacken_image(root: Path) -> Planted:
+    path = edit_picture(find_file(root, 21, "images"), np.zeros_like)
+    return "blank image", {path.name}
+
+
 DEFECTS = {
     "image without mask": Defect("streets", remove_mask),
     "mask without image": Defect("streets", remove_image),
@@ -94,6 +100,8 @@ DEFECTS = {
     "pair of another size": Defect("streets", crop_pair),
     "image with one band": Defect("streets", keep_one_band),
     "image of another depth": Defect("deep", reduce_depth),
+    "black frame": Defect("streets", blacken_image),
+    "overexposed frame": Defect("streets", overexpose),
 }
 
 

@@ -4,20 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_doctor import SIZE, make_blobs
+from made_doctor import SIZE
 
 from useg.data.dataset import COLOR_FLAG
 from useg.doctor import measure
-from useg.doctor.measure import (
-    THUMBNAIL_SHAPE,
-    color_code,
-    find_specks,
-    find_strongest_shift,
-    map_codes,
-    measure_edge_alignment,
-    shift_z_score,
-    strength_at,
-)
+from useg.doctor.measure import THUMBNAIL_SHAPE, color_code, find_specks, map_codes
 
 
 def count_specks(codes: np.ndarray) -> int:
@@ -60,26 +51,6 @@ def test_larger_spots_and_spots_at_the_border_are_no_specks() -> None:
     codes[20:24, 20:24] = 1
     codes[0:2, 10:12] = 1
     assert find_specks_of(codes).number == 0
-
-
-@pytest.mark.parametrize("shift", [(0, 0), (4, 0), (-3, 5)])
-def test_edges_are_strongest_where_the_mask_fits(shift: tuple[int, int]) -> None:
-    image, label = make_blobs(3)
-    moved = np.roll(label, (-shift[1], -shift[0]), (0, 1))
-    alignment = measure_edge_alignment(image.astype(np.uint8)[..., None], moved)
-    assert alignment is not None
-    assert alignment.mean() == pytest.approx(1, abs=1e-3)
-    assert max(abs(np.subtract(find_strongest_shift(alignment), shift))) <= 1
-    assert strength_at(alignment, shift) == pytest.approx(alignment.max(), rel=0.05)
-    assert shift_z_score(alignment, shift) > 4
-
-
-def test_blank_image_small_mask_and_mask_without_boundaries_have_no_alignment() -> None:
-    image, label = make_blobs(3)
-    image = image.astype(np.uint8)[..., None]
-    assert measure_edge_alignment(np.zeros_like(image), label) is None
-    assert measure_edge_alignment(image, np.zeros_like(label)) is None
-    assert measure_edge_alignment(image[:20, :20], label[:20, :20]) is None
 
 
 def test_codes_are_mapped_and_others_get_the_default() -> None:

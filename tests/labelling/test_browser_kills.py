@@ -26,7 +26,8 @@ from PIL import Image
 from waiting import eventually
 
 from useg.classes import IGNORE
-from useg.labelling.folder import LabelFolder, find_paths
+from useg.labelling.folder import LabelFolder
+from useg.labelling.masks import find_paths
 
 playwright = pytest.importorskip("playwright.sync_api")
 if not CHROMIUM:

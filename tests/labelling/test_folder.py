@@ -20,14 +20,8 @@ from useg.data.layouts import find_dataset
 from useg.errors import DataError, SettingsError
 from useg.files import replacing
 from useg.labelling import folder as labelled_folder
-from useg.labelling.folder import (
-    NO_REVISION,
-    LabelFolder,
-    StaleMaskError,
-    find_paths,
-    split_names,
-)
-from useg.labelling.mask_format import encode_mask
+from useg.labelling.folder import NO_REVISION, LabelFolder, StaleMaskError, split_names
+from useg.labelling.masks import encode_mask, find_paths
 from useg.labelling.rounds import Rounds
 
 

@@ -48,6 +48,18 @@ _BLOCK_CELLS = 4
 # Rows of the correlation matrix that are in memory at once.
 _CORRELATED_ROWS = 1024
 
+# The ways in which an image may be rotated or mirrored, for arrays ``(..., H, W)``. The first four
+# exchange width and height. A name continues the sentence "the mask is ...".
+ORIENTATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "transposed": lambda pixels: pixels.mT,
+    "rotated by 90 degrees": lambda pixels: np.rot90(pixels, -1, (-2, -1)),
+    "rotated by 270 degrees": lambda pixels: np.rot90(pixels, 1, (-2, -1)),
+    "transposed and rotated by 180 degrees": lambda pixels: np.rot90(pixels, 2, (-2, -1)).mT,
+    "rotated by 180 degrees": lambda pixels: np.rot90(pixels, 2, (-2, -1)),
+    "mirrored left to right": lambda pixels: pixels[..., ::-1],
+    "mirrored top to bottom": lambda pixels: pixels[..., ::-1, :],
+}
+
 # Landmarks are patches of this side, one of 64 of all; so many are kept, with the lowest hashes.
 _LANDMARK_SIDE = 8
 _NUM_LANDMARKS = 256
@@ -175,15 +187,14 @@ def find_turned_copies(
 
     Returns:
         The index among ``signatures``, that among ``others``, and the correlation of the signatures
-        when one is turned; in all orientations but the upright one.
+        when one is turned, in the ``ORIENTATIONS``.
     """
     grids = signatures.reshape(-1, SIGNATURE_SIDE, SIGNATURE_SIDE)
-    turned = [np.rot90(grids, turns, (1, 2)) for turns in range(4)]
-    turned = [*turned[1:], *(grid[:, :, ::-1] for grid in turned)]
     vectors = normalize_signatures(others)
     found: dict[tuple[int, int], float] = {}
-    for grid in turned:
-        correlations = normalize_signatures(grid.reshape(len(grid), -1)) @ vectors.T
+    for turn in ORIENTATIONS.values():
+        turned = turn(grids).reshape(len(grids), -1)
+        correlations = normalize_signatures(turned) @ vectors.T
         for k, n in np.argwhere(correlations >= least).tolist():
             found[k, n] = max(found.get((k, n), 0.0), float(correlations[k, n]))
     return [(k, n, correlation) for (k, n), correlation in sorted(found.items())]

@@ -1,4 +1,4 @@
-"""Checks of files: unpaired, unreadable or misnamed ones, wrong mask sizes, mixed images."""
+"""Checks of files: unpaired, unreadable or misnamed ones, wrong sizes, odd or blank images."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from useg.classes import Label
-from useg.doctor.alignment import ORIENTATIONS, find_best_orientation, orientation_change
+from useg.data.dataset import Pair
+from useg.data.duplicates import ORIENTATIONS
+from useg.doctor.alignment import find_best_orientation, orientation_change
 from useg.doctor.measure import (
     Finding,
     ImageMeasurement,
@@ -303,4 +307,50 @@ def _leave_out_unusual(groups: Mapping[Any, list[Measurement]], noun: str) -> tu
         for value, group in groups.items()
         if value != usual
         for each in group
+    )
+
+
+# With fewer images, the typical exposure is not known.
+_MIN_IMAGES_OF_EXPOSURE = 8
+
+
+def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find blank images, and a few that are far darker or brighter than all others."""
+    images: list[tuple[Pair, ImageMeasurement]] = [
+        (each.pair, each.image) for each in data.measurements if each.image is not None
+    ]
+    if len(images) < _MIN_IMAGES_OF_EXPOSURE:
+        return
+    means = np.array([float(image.thumbnail.mean()) for _, image in images])
+    ranges = np.array([float(np.ptp(image.thumbnail)) for _, image in images])
+    usual_range, median = float(np.median(ranges)), float(np.median(means))
+    deviation = 1.48 * float(np.median(np.abs(means - median)))
+    deviation = max(deviation, 0.1 * usual_range, 1e-6)
+    is_blank = ranges <= 0.02 * usual_range
+    is_odd = ~is_blank & (np.abs(means - median) > 6 * deviation) & (ranges < 0.5 * usual_range)
+    blank, odd = np.flatnonzero(is_blank), np.flatnonzero(is_odd)
+    if usual_range > 0 and 0 < len(blank) <= max(1, len(images) // 10):
+        for k in blank:
+            yield _blank_image(data, images[k][0], is_dark=means[k] < median)
+    if 0 < len(odd) <= max(1, len(images) // 20):
+        files = tuple(images[k][0].image for k in odd)
+        tone = "darker" if means[odd[0]] < median else "brighter"
+        more = f" ({format_count(len(odd), 'such image')})" if len(odd) > 1 else ""
+        yield Finding(
+            "odd exposure",
+            "warning",
+            files,
+            f"'{data.name(files[0])}' is far {tone} than all others and has little contrast{more}",
+            "check that it shows what its mask says",
+        )
+
+
+def _blank_image(data: MeasuredDataset, pair: Pair, *, is_dark: bool) -> Finding:
+    return Finding(
+        "blank image",
+        "error",
+        (pair.image,),
+        f"'{data.name(pair.image)}' is blank: it has one {'dark' if is_dark else 'bright'} tone",
+        "remove the pair, or supply the right image",
+        (Repair(pair, "left out: the image is blank", leave_out=True, is_doubtful=True),),
     )

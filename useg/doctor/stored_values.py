@@ -22,13 +22,7 @@ from useg.data.mask_content import (
 )
 from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
 from useg.doctor.damage import detect_file_format
-from useg.doctor.measure import (
-    Finding,
-    MaskMeasurement,
-    MeasuredDataset,
-    Measurement,
-    Repair,
-)
+from useg.doctor.measure import Finding, MaskMeasurement, MeasuredDataset, Measurement, Repair
 from useg.errors import UsageError, format_count, join_names
 
 # Findings of masks with values along edges, or anywhere, that no class has.

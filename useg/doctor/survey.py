@@ -21,7 +21,7 @@ from useg.console import format_table
 from useg.data import cache_folder
 from useg.data.dataset import COLOR_FLAG, SPLITS, Dataset, MaskEncoding, Pair
 from useg.data.masks import ClassDecision, decide_classes
-from useg.doctor import alignment, damage, leaks, stored_values
+from useg.doctor import alignment, balance, damage, leaks, single_masks, stored_values
 from useg.doctor.measure import (
     Finding,
     MeasuredDataset,
@@ -59,16 +59,16 @@ CHECKS: tuple[Check, ...] = (
     alignment.check_common_shift,
     alignment.check_common_turn,
     alignment.check_exchanged_masks,
-    alignment.check_single_masks,
+    single_masks.check_single_masks,
     leaks.check_duplicates,
     leaks.check_hidden_copies,
-    leaks.check_exposure,
+    damage.check_exposure,
     damage.check_mixed_images,
     damage.check_file_suffixes,
     stored_values.check_single_class_masks,
-    leaks.check_class_pixels,
-    leaks.check_split_shares,
-    leaks.check_constant_region,
+    balance.check_class_pixels,
+    balance.check_split_shares,
+    balance.check_constant_region,
     leaks.check_video_sequences,
     stored_values.describe_stored_values,
 )
@@ -78,11 +78,11 @@ _EDGE_CHECKS = (
     alignment.check_common_shift,
     alignment.check_common_turn,
     alignment.check_exchanged_masks,
-    alignment.check_single_masks,
+    single_masks.check_single_masks,
 )
 
 # The last check sees only the pairs in which the others found no error.
-FINAL_CHECK: Check = alignment.check_suspicious_labels
+FINAL_CHECK: Check = single_masks.check_suspicious_labels
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def survey_dataset(
         for each, pair in zip(data.measurements, decided.pairs, strict=True)
     )
     data = replace(data, dataset=decided, measurements=measurements)
-    pixels = leaks.sum_class_pixels(data, data.complete)
+    pixels = balance.sum_class_pixels(data, data.complete)
     images = [each.image for each in measurements if each.image is not None]
     num_classes = len(decided.classes)
     splits = Counter(pair.split for pair in decided.pairs)
@@ -338,7 +338,7 @@ def run_checks(data: MeasuredDataset) -> tuple[Finding, ...]:
     wrong = {
         path
         for finding in found
-        if finding.severity == "error" or finding.kind == alignment.NO_FIT_KIND
+        if finding.severity == "error" or finding.kind == single_masks.NO_FIT_KIND
         for path in finding.files
     }
     found += FINAL_CHECK(_without_files(data, wrong))

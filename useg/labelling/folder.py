@@ -33,7 +33,13 @@ from useg.data.layouts import find_dataset
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import refuse_same_names, replacing
 from useg.images.files import list_image_files, read_size
-from useg.labelling.mask_format import check_editable, encode_mask, extend_table, with_ignored_value
+from useg.labelling.masks import (
+    LabelPaths,
+    check_editable,
+    encode_mask,
+    extend_table,
+    with_ignored_value,
+)
 from useg.ownership import read_ends
 from useg.parsing import parse_json, read_limited, shorten
 
@@ -53,46 +59,6 @@ _DATASET_COMMENT = "# Written by useg label.\n"
 
 class StaleMaskError(DataError):
     """The mask has changed since the page read it, so the stroke is refused."""
-
-
-@dataclass(frozen=True)
-class LabelPaths:
-    """The folders of one labelling job.
-
-    Args:
-        images: The folder of the images.
-        masks: The folder of the masks.
-        root: The folder that ``useg train`` reads; ``dataset.toml`` and ``classes.toml`` are here.
-    """
-
-    images: Path
-    masks: Path
-    root: Path
-
-
-def find_paths(images: Path, masks: Path | None = None) -> LabelPaths:
-    """Find the folder of masks for a folder of images.
-
-    By default, masks are stored in ``masks`` next to a folder named ``images``, and in a subfolder
-    ``masks`` of any other folder.
-
-    Raises:
-        DataError: The image folder does not exist, or the masks would be mixed with the images.
-    """
-    if not images.is_dir():
-        raise DataError(f"'{images}' is not a folder; give the folder that contains the images")
-    images = Path(os.path.realpath(images))
-    if masks is None:
-        is_images = images.name.casefold() == "images"
-        root = images.parent if is_images else images
-        return LabelPaths(images, root / "masks", root)
-    masks = Path(os.path.realpath(masks))
-    if masks == images or images.is_relative_to(masks):
-        raise DataError(
-            f"the masks would be mixed with the images in '{masks}'; choose another folder for them"
-        )
-    siblings = masks.parent in (images.parent, images)
-    return LabelPaths(images, masks, masks.parent if siblings else masks)
 
 
 @dataclass

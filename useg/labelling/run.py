@@ -21,8 +21,8 @@ from useg.errors import MachineError
 from useg.files import clear_drafts, locked_folder, make_folder
 from useg.inference.predictor import Predictor
 from useg.labelling.app import label_application
-from useg.labelling.faulty import find_faulty
-from useg.labelling.folder import LabelFolder, find_paths
+from useg.labelling.folder import LabelFolder
+from useg.labelling.masks import find_faulty, find_paths
 from useg.labelling.rounds import Rounds
 from useg.labelling.session import LabelSession
 from useg.serving.connections import bounded_config

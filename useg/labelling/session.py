@@ -32,7 +32,7 @@ from useg.images.files import encode_label, encode_picture, read_image
 from useg.inference.annotation_tools import LabelledImage
 from useg.inference.summaries import write_coco
 from useg.labelling.folder import LabelFolder
-from useg.labelling.mask_format import encode_mask
+from useg.labelling.masks import encode_mask
 from useg.labelling.regions import Superpixels, find_superpixels, propose_region, superpixel_at
 from useg.labelling.rounds import ROUND_COMMAND, Rounds, downscale_image
 from useg.parsing import open_file

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.data.dataset import Dataset
-from useg.doctor.alignment import describe_shift
+from useg.doctor.edges import describe_shift
 from useg.errors import MAX_NAMES, format_count, join_names
 from useg.models.description import ModelDescription
 from useg.reporting.error_analysis import ClassErrors, SplitStatistics, find_split_differences
@@ -73,7 +73,6 @@ _MIN_OVERFITTING_GAP = 0.2
 # a difference that counts.
 _MIN_SHARE_RATIO = 3.0
 _MIN_STANDARD_ERRORS = 4.0
-
 
 # Share of the true objects that are joined or split from which it is reported, and their number.
 _MIN_JOINED_SHARE, _MIN_JOINED = 0.05, 5

@@ -19,7 +19,7 @@ from useg.config import Settings
 from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image, read_sample
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.doctor.alignment import find_unsupported_boundaries
+from useg.doctor.edges import find_unsupported_boundaries
 from useg.doctor.fix import (
     check_no_description,
     check_output_folder,

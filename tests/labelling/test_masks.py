@@ -11,8 +11,8 @@ from made_doctor import find_file, shift_one_mask, write_cells
 from made_labelling import labelling
 
 from useg.cli import main
-from useg.labelling.faulty import find_faulty, suggest_label_command
-from useg.labelling.folder import LabelFolder, find_paths
+from useg.labelling.folder import LabelFolder
+from useg.labelling.masks import find_faulty, find_paths, suggest_label_command
 from useg.labelling.run import LabelOptions
 from useg.reporting.inspection import inspect_dataset
 

@@ -1,0 +1,195 @@
+"""Check how the pixels of the classes are distributed over the images and the splits.
+
+A score says little of a class that is rare, that a split lacks, whose share differs between the
+splits, or whose pixels are in the same region of every image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import IGNORE
+from useg.doctor.measure import THUMBNAIL_SHAPE, Finding, MeasuredDataset, Measurement
+from useg.errors import join_names
+
+# A class with a smaller share of the counted pixels is rare.
+MAX_RARE_SHARE = 0.005
+
+# With fewer images per split, a difference is not significant.
+_MIN_IMAGES_PER_SPLIT = 5
+
+# With fewer images, a region may be constant by chance.
+_MIN_IMAGES_OF_CONSTANT_REGION = 20
+
+
+def sum_class_pixels(
+    data: MeasuredDataset, measurements: Sequence[Measurement]
+) -> NDArray[np.int64]:
+    """Return the pixels ``(256,)`` of each class id in these pairs."""
+    total = np.zeros(256, np.int64)
+    for each in measurements:
+        total += data.counts[each.pair]
+    return total
+
+
+def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find classes without pixels, rare classes, and classes that one split lacks."""
+    names = data.dataset.classes.names
+    total = sum_class_pixels(data, data.complete)
+    pixels = total[: len(names)]
+    if not pixels.sum():
+        if total[IGNORE] and total.sum() == total[IGNORE]:
+            yield Finding(
+                "all ignored",
+                "error",
+                (),
+                "every pixel of every mask is ignored, so there is nothing to learn",
+                "check which values the masks have and what they mean; list those of the classes, "
+                "and those that have no label as ignore, in classes.toml",
+            )
+        return
+    if np.count_nonzero(pixels) == 1:
+        yield Finding(
+            "one class everywhere",
+            "error",
+            (),
+            f"every pixel of every mask is {names[int(pixels.argmax())]}, so there is nothing to "
+            "learn",
+            "check which folder has the masks and what they store; name them in a dataset.toml or "
+            "list their values in classes.toml",
+        )
+        return
+    shares = pixels / pixels.sum()
+    absent = [name for name, share in zip(names, shares, strict=True) if not share]
+    if absent:
+        yield Finding(
+            "class without pixels",
+            "warning",
+            (),
+            f"no pixel belongs to {join_names(absent)}",
+            "add images that show it, or remove it from classes.toml",
+        )
+    rare = [
+        f"{name} ({100 * share:.2f} %)"
+        for name, share in zip(names, shares, strict=True)
+        if 0 < share < MAX_RARE_SHARE
+    ]
+    if rare:
+        yield Finding(
+            "rare class",
+            "warning",
+            (),
+            f"rare (below {100 * MAX_RARE_SHARE:.1f} % of the pixels): {join_names(rare)}",
+            "expect low scores for them; add images that show them, and read the scores per class",
+        )
+    yield from _missing_classes(data)
+
+
+def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
+    names = data.dataset.classes.names
+    train, val = (
+        sum_class_pixels(data, [each for each in data.complete if each.pair.split == split])
+        for split in ("train", "val")
+    )
+    train, val = train[: len(names)], val[: len(names)]
+    if not (train.sum() and val.sum()):
+        return
+    if missing := [names[k] for k in np.flatnonzero((train > 0) & (val == 0))]:
+        yield Finding(
+            "class missing from validation",
+            "warning",
+            (),
+            f"the split val has no pixel of {join_names(missing)}",
+            "their scores cannot be measured; hold out other images with a split.csv",
+        )
+    if missing := [names[k] for k in np.flatnonzero((val > 0) & (train == 0))]:
+        yield Finding(
+            "class missing from training",
+            "warning",
+            (),
+            f"the split train has no pixel of {join_names(missing)}",
+            "they cannot be learned; move images that show them to train with a split.csv",
+        )
+
+
+def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find classes whose share differs strongly between training and validation images."""
+    names = data.dataset.classes.names
+    shares = {}
+    for split in ("train", "val"):
+        pixels = [
+            data.counts[each.pair][: len(names)]
+            for each in data.complete
+            if each.pair.split == split
+        ]
+        if len(pixels) < _MIN_IMAGES_PER_SPLIT:
+            return
+        shares[split] = np.array(pixels) / np.maximum(np.sum(pixels, axis=1, keepdims=True), 1)
+    train, val = shares["train"].mean(0), shares["val"].mean(0)
+    # Welch's t-test, as if neighbouring images were independent.
+    error = np.sqrt(sum(part.var(0, ddof=1) / len(part) for part in shares.values()))
+    low, high = np.minimum(train, val), np.maximum(train, val)
+    is_significant = high - low > 6 * np.maximum(error, 1e-6)
+    found = np.flatnonzero(is_significant & (high > 2 * low) & (high > 0.03))
+    if len(found):
+        described = [
+            f"{names[k]} ({100 * train[k]:.1f} % of train, {100 * val[k]:.1f} % of val)"
+            for k in found
+        ]
+        yield Finding(
+            "splits differ",
+            "warning",
+            (),
+            f"the splits differ in {join_names(described)}",
+            "scores on such a split say little about other images; hold out blocks of several "
+            "places, or report the difference with the score",
+        )
+
+
+def check_constant_region(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find a class with a fixed region in nearly every image, and hardly any pixels elsewhere.
+
+    Examples are the hood of a camera car, a frame or a stamp.
+    """
+    grids = [data.ids(each.mask.code_grid) for each in data.complete if each.mask is not None]
+    if len(grids) < _MIN_IMAGES_OF_CONSTANT_REGION:
+        return
+    for k, name in enumerate(data.dataset.classes.names):
+        occurrences = np.zeros(THUMBNAIL_SHAPE, np.int64)
+        for grid in grids:
+            occurrences += grid == k
+        region = occurrences >= 0.95 * len(grids)
+        share = float(occurrences[region].sum() / max(1, occurrences.sum()))
+        size = float(region.mean())
+        at_border = region[0].any() or region[-1].any() or region[:, 0].any() or region[:, -1].any()
+        if share >= 0.8 and 0.005 <= size <= 0.4 and at_border:
+            yield Finding(
+                "constant region",
+                "warning",
+                (),
+                f"{100 * share:.0f} % of all {name} pixels are in one region that is the same in "
+                f"nearly every image ({describe_region(region)}, {100 * size:.0f} % of the image), "
+                "such as a camera car's hood, a frame or a stamp",
+                f"the score of {name} says little about other {name}: exclude the region with "
+                "useg evaluate --ignore-mask, or give it an ignored value",
+                evidence={"region": region, "class": k},
+            )
+
+
+def describe_region(region: NDArray[np.bool_]) -> str:
+    """Describe the position of a region of the thumbnail grid, such as ``"at the bottom"``."""
+    num_rows, num_columns = THUMBNAIL_SHAPE
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    words = []
+    if rows[0] >= num_rows / 2:
+        words.append("bottom")
+    elif rows[-1] < num_rows / 2:
+        words.append("top")
+    if columns[0] >= num_columns / 2:
+        words.append("right")
+    elif columns[-1] < num_columns / 2:
+        words.append("left")
+    return f"at the {' '.join(words)}" if words else "all over it"
