@@ -69,7 +69,7 @@ def test_a_changed_copy_is_a_near_duplicate_and_other_images_are_not(change):
     images = [blob_image(k) for k in range(40)]
     signatures = signatures_of(*images, CHANGES[change](images[7]))
     assert group_near_duplicates(signatures).tolist() == [*range(40), 7]
-    ((index, earlier, correlations),) = find_near_duplicates(signatures)
+    ((index, earlier, correlations),) = find_near_duplicates(signatures, NEAR_DUPLICATE_CORRELATION)
     assert (index, earlier.tolist()) == (40, [7])
     assert correlations[0] >= NEAR_DUPLICATE_CORRELATION
 
@@ -90,7 +90,7 @@ def test_blank_images_are_near_duplicates_of_nothing():
     blank = signatures_of(*(np.full((64, 96, 3), value, np.uint8) for value in (0, 0, 255)))
     assert (blank == 128).all()
     assert group_near_duplicates(blank).tolist() == [0, 1, 2]
-    assert list(find_near_duplicates(blank)) == []
+    assert list(find_near_duplicates(blank, NEAR_DUPLICATE_CORRELATION)) == []
 
 
 def test_near_duplicates_equal_those_of_a_loop_over_all_pairs(monkeypatch):
@@ -105,7 +105,8 @@ def test_near_duplicates_equal_those_of_a_loop_over_all_pairs(monkeypatch):
         for j in range(i)
         if np.dot(*normalize_signatures(signatures[[i, j]])) >= NEAR_DUPLICATE_CORRELATION
     }
-    found = {(i, int(j)) for i, earlier, _ in find_near_duplicates(signatures) for j in earlier}
+    near = find_near_duplicates(signatures, NEAR_DUPLICATE_CORRELATION)
+    found = {(i, int(j)) for i, earlier, _ in near for j in earlier}
     assert found == expected
     assert len(found) > 20
 

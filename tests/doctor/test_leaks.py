@@ -138,7 +138,6 @@ def test_duplicates_are_found_by_the_definition_that_splits_use(
 ) -> None:
     assert leaks.find_near_duplicates is duplicates.find_near_duplicates
     assert leaks.MIN_REPORTED_CORRELATION > duplicates.NEAR_DUPLICATE_CORRELATION
-    monkeypatch.setattr(duplicates, "NEAR_DUPLICATE_CORRELATION", -1.0)
     monkeypatch.setattr(leaks, "MIN_REPORTED_CORRELATION", -1.0)
     survey = survey_folder(clean_sets["streets"])
     assert len(duplicates_in(survey)["near duplicates across splits"]) == NUM_PAIRS

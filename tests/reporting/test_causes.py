@@ -27,7 +27,7 @@ from made_reporting import make_evaluation, make_split_dataset
 from PIL import Image
 
 from useg.classes import CARLA, IGNORE
-from useg.data.dataset import Dataset
+from useg.data.dataset import Dataset, Pair
 from useg.images.files import Sample
 from useg.models.geometry import WorkingSize
 from useg.reporting.causes import MAX_CAUSES_PER_CLASS, find_causes, find_caveats, find_weak_classes
@@ -155,6 +155,25 @@ def test_pixels_under_the_ignore_mask_are_not_measured(
 
 VIDEO = make_split_dataset(["train"] * 8 + ["val"] * 3)
 PROVENANCE = {"dataset": "street", "num_train": 8}
+
+
+@pytest.mark.parametrize(
+    ("held_out", "is_said"), [((4, 5), False), ((5, 7), True)], ids=["whole", "in part"]
+)
+def test_groups_that_are_held_out_whole_are_not_the_same_recordings(
+    held_out: tuple[int, int], is_said: bool
+) -> None:
+    pairs = tuple(
+        Pair(
+            Path(f"street/s{k // 2:02}_{'LR'[k % 2]}.png"),
+            Path(f"m/{k}.png"),
+            "val" if k in held_out else "train",
+        )
+        for k in range(24)
+    )
+    dataset = replace(VIDEO, pairs=pairs, splits_by="groups")
+    caveats = " ".join(find_caveats(make_evaluation(), dataset, PROVENANCE))
+    assert ("come from the same recordings" in caveats) == is_said
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,12 @@ from PIL import Image
 import useg
 from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair
+from useg.data.duplicates import (
+    MIN_REPORTED_CORRELATION,
+    NEAR_DUPLICATE_CORRELATION,
+    compute_signatures,
+    normalize_signatures,
+)
 from useg.inference.predictor import Predictor
 from useg.reporting import report
 from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
@@ -23,7 +29,7 @@ from useg.reporting.text import Report
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    """Six images; the first held-out image is a copy of the first training image."""
+    """Six images; the first held-out image is a copy of a training image, the second is similar."""
     rng = np.random.default_rng(0)
     pairs: list[Pair] = []
     for k, name in enumerate("abcdef"):
@@ -32,6 +38,8 @@ def dataset(tmp_path: Path) -> Dataset:
         image = rng.integers(0, 256, (24, 32, 3), np.uint8)
         if k == 3:
             image = np.asarray(Image.open(pairs[0].image))
+        if k == 4:
+            image = (0.75 * np.asarray(Image.open(pairs[1].image)) + 0.25 * image).astype(np.uint8)
         Image.fromarray(image).save(pair.image)
         Image.fromarray(rng.integers(0, 3, (24, 32), np.uint8)).save(pair.mask)
         pairs.append(pair)
@@ -72,6 +80,8 @@ def test_duplicates_are_counted_only_for_held_out_images_and_if_it_is_quick(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluation = evaluate_dataset(make_trained_predictor(dataset), dataset)
+    vectors = normalize_signatures(compute_signatures(dataset, dataset.pairs))
+    assert NEAR_DUPLICATE_CORRELATION < vectors[1] @ vectors[4] < MIN_REPORTED_CORRELATION
     assert report._count_duplicates(evaluation, dataset) == 1
     assert report._count_duplicates(replace(evaluation, split="all"), dataset) is None
     monkeypatch.setattr(report, "is_quick_to_compare", lambda pairs: False)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from useg.data.dataset import Pair
 from useg.data.duplicates import (
     MAX_COMPARED_PAIRS,
+    MIN_REPORTED_CORRELATION,
     find_near_duplicates,
     find_overlaps,
     find_turned_copies,
@@ -34,14 +35,6 @@ _MIN_FRAME_CORRELATION = 0.9999
 
 # Masks of one image contradict each other if a smaller share of their pixels agrees.
 _MIN_MASK_AGREEMENT = 0.9
-
-# Near duplicates are reported from this correlation of their signatures on. A split may keep more
-# images together than needed, but a finding should be right, and the definition's 0.93 is too low
-# for that: a quarter of all pairs of different retinas (CHASE DB1) reach it, the highest 0.978, and
-# different blood cells reach 0.972. Copies that are saved as JPEG, resized, darkened or noisy reach
-# 0.985. Copies that are moved by several pixels may be missed: two pairs of blood cells that are
-# the same cell have 0.94 and 0.97. The value was chosen on these data sets.
-MIN_REPORTED_CORRELATION = 0.98
 
 _HELD_OUT_SPLITS = ("val", "test")
 
@@ -83,9 +76,7 @@ def check_duplicates(data: MeasuredDataset) -> Iterator[Finding]:
     splits = np.array([each.pair.split for each, _ in measured])
     frames = {each.pair for group in data.once(find_video_sequences) for each in group}
     across = []
-    for k, earlier, correlations in find_near_duplicates(signatures):
-        is_reported = correlations >= MIN_REPORTED_CORRELATION
-        earlier, correlations = earlier[is_reported], correlations[is_reported]
+    for k, earlier, correlations in find_near_duplicates(signatures, MIN_REPORTED_CORRELATION):
         each = measured[k][0]
         is_same_split = splits[earlier] == splits[k]
         if is_same_split.any():

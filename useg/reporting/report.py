@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from useg.config import Settings
 from useg.data.class_mapping import has_made_up_names, match_classes, unnamed_classes_error
 from useg.data.dataset import Dataset
-from useg.data.duplicates import compute_signatures, group_near_duplicates, is_quick_to_compare
+from useg.data.duplicates import (
+    MIN_REPORTED_CORRELATION,
+    compute_signatures,
+    find_near_duplicates,
+    is_quick_to_compare,
+)
 from useg.data.layouts import find_dataset
 from useg.data.masks import ClassDecision, infer_classes
 from useg.data.official_splits import restore_splits
@@ -325,14 +330,13 @@ def _count_duplicates(evaluation: Evaluation, dataset: Dataset) -> int | None:
         The number; None if the split contains training images, or if there are too many images to
         compare quickly.
     """
-    own = [image.pair for image in evaluation.images]
-    pairs = [*own, *dataset.of("train")]
+    train = dataset.of("train")
+    pairs = [*train, *(image.pair for image in evaluation.images)]
     is_held_out = evaluation.split not in ("train", "all")
-    if not is_held_out or len(pairs) == len(own) or not is_quick_to_compare(pairs):
+    if not is_held_out or not train or not is_quick_to_compare(pairs):
         return None
-    groups = group_near_duplicates(compute_signatures(dataset, pairs)).tolist()
-    train_groups = set(groups[len(own) :])
-    return sum(group in train_groups for group in groups[: len(own)])
+    found = find_near_duplicates(compute_signatures(dataset, pairs), MIN_REPORTED_CORRELATION)
+    return sum(int(index >= len(train) > earlier[0]) for index, earlier, _ in found)
 
 
 def run_facts(run: Run) -> dict[str, str]:
