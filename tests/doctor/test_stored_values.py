@@ -100,6 +100,22 @@ def skip_ids(root: Path) -> Planted:
     return "ids skipped", set()
 
 
+def exchange_two_classes(root: Path) -> Planted:
+    order = np.arange(256, dtype=np.uint8)
+    order[[1, 2]] = 2, 1
+    return "classes exchanged", {edit_picture(find_file(root, 12), lambda mask: order[mask]).name}
+
+
+def exchange_red_and_blue(root: Path) -> Planted:
+    """Store every class as a colour whose reversed colour is a class too."""
+    (root / "classes.toml").unlink()
+    colors = np.zeros((256, 3), np.uint8)
+    colors[:5] = (255, 0, 0), (0, 0, 255), (0, 255, 0), (255, 255, 0), (0, 255, 255)
+    edit_all_masks(root, lambda mask: colors[mask])
+    paths = [edit_picture(find_file(root, k), lambda mask: mask[..., ::-1]) for k in (3, 12)]
+    return "red and blue exchanged", {path.name for path in paths}
+
+
 DEFECTS = {
     "unknown ids": Defect("streets", write_unknown_ids),
     "one mask as grey levels of its palette": Defect("indexed", save_one_as_grey),
@@ -112,6 +128,8 @@ DEFECTS = {
     "0/255": Defect("cells", stretch_values),
     "mask of background only": Defect("streets", empty_one),
     "ids skipped": Defect("streets", skip_ids),
+    "two classes exchanged": Defect("streets", exchange_two_classes),
+    "red and blue exchanged": Defect("streets", exchange_red_and_blue, frozenset({"colour masks"})),
     "inverted masks": Defect("cells", invert_masks),
 }
 

@@ -431,14 +431,16 @@ def exchange_channels(code: int) -> int:
 
 def find_exchanged(masks: Sequence[MaskContent]) -> frozenset[Path]:
     """Return the masks, at most half of them, that have the others' colours in the order BGR."""
+    colors_of = {mask.path: {mask.as_color(code) for code in mask.codes.tolist()} for mask in masks}
+    # Where a mask has both, these are two classes, which do not tell the order.
+    both = {code for own in colors_of.values() for code in own if exchange_channels(code) in own}
     groups: tuple[set[Path], set[Path]] = (set(), set())
     colors: set[int] = set()
-    for mask in masks:
-        own = {mask.as_color(code) for code in mask.codes.tolist()}
-        own = {code for code in own if exchange_channels(code) != code}
+    for path, own in colors_of.items():
+        own = own - both
         is_other = {exchange_channels(code) for code in own}
         colors |= own if not colors else set()
-        groups[not own & colors and bool(is_other & colors)].add(mask.path)
+        groups[not own & colors and bool(is_other & colors)].add(path)
         colors |= own if own & colors else is_other if is_other & colors else set()
     is_ambiguous = any(exchange_channels(code) in colors for code in colors)
     if is_ambiguous or len(colors) < 2 or not groups[1]:

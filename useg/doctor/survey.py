@@ -56,6 +56,7 @@ CHECKS: tuple[Check, ...] = (
     stored_values.check_class_table,
     stored_values.check_mask_values,
     stored_values.check_inverted_masks,
+    stored_values.check_exchanged_classes,
     alignment.check_common_shift,
     alignment.check_common_turn,
     alignment.check_exchanged_masks,
