@@ -16,6 +16,7 @@ from useg.classes import (
     IGNORE,
     ClassTable,
     count_pixels,
+    most_probable,
     palette,
     read_classes,
     spread_colors,
@@ -247,3 +248,11 @@ def test_painting_is_black_outside_the_table():
         [[220, 20, 60], [0, 0, 0], [0, 0, 0]]
     ]
     assert palette(CARLA).shape == (256, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (13, 64, 96), (255, 2, 3), (3, 300, 90)])
+def test_of_equal_logits_the_first_class_counts(shape):
+    logits = np.random.default_rng(0).integers(0, 3, shape).astype(np.float32)
+    prediction = most_probable(logits)
+    assert prediction.dtype == np.uint8
+    np.testing.assert_array_equal(prediction, logits.argmax(0))

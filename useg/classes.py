@@ -28,6 +28,9 @@ CLASS_KEYS = ("name", "value", "color", "objects")
 # Rows of an image that are processed at a time: they stay in the processor's cache. Fewer would not
 # be faster, and threads that share the interpreter would wait for each other more often.
 ROWS_AT_A_TIME = 256
+# Images of so few pixels take a few calls of numpy instead of three for each class: between two
+# calls, a thread may wait for the interpreter.
+MAX_FEW_CALLS_PIXELS = 1 << 14
 # Pixels that are counted at a time.
 MAX_COUNTED_PIXELS = 1 << 20
 # Longest name of a class, and largest number of ignored values.
@@ -496,6 +499,9 @@ def most_probable(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
     Returns:
         Class ids ``(H, W)``.
     """
+    if logits[0].size <= MAX_FEW_CALLS_PIXELS:
+        ids = np.arange(len(logits), dtype=np.uint8)[:, None, None]
+        return np.asarray(np.where(logits == logits.max(0), ids, 255).min(0), np.uint8)
     labels = np.zeros(logits.shape[1:], np.uint8)
     for top in range(0, len(labels), ROWS_AT_A_TIME):
         rows = slice(top, top + ROWS_AT_A_TIME)

@@ -270,6 +270,27 @@ def test_threads_of_large_images_have_a_lower_priority(
     assert priorities == {SMALL_IMAGE: own, 60: own, LARGE: lower, 200: lower}
 
 
+@pytest.mark.parametrize(
+    ("image", "response_format", "turns"),
+    [(SMALL_IMAGE, "labels", 1), (SMALL_IMAGE, "probabilities", 2), (LARGE, "labels", 2)],
+)
+def test_a_small_image_takes_one_turn_of_a_thread(
+    image: bytes, response_format: str, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others take one to check their size and that of the response, before they are decoded."""
+    calls, run = [], RequestQueue.run
+
+    async def counting_run(queue: RequestQueue, *arguments: Any) -> Any:
+        calls.append(queue)
+        return await run(queue, *arguments)
+
+    monkeypatch.setattr(RequestQueue, "run", counting_run)
+    with served(limits=replace(SMALL, work_bytes=62_500_000), plan=LoadPlan()) as site:
+        assert site.ask(f"/predict?format={response_format}", image).status == 200
+        assert len(calls) == turns
+        assert (calls[-1] is site.service.large_queue) == (image is LARGE)
+
+
 def test_polygons_count_as_large_where_noise_would_take_long() -> None:
     with served() as site:
         for side, is_large in ((100, False), (190, True)):

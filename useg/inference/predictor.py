@@ -483,11 +483,9 @@ def _native_outputs(
     network_geometry = runtime.description.geometry
     if tile is None:
         tile, network_geometry = _choose_windows(runtime, pixels)
-    logits = tiles.predict_tiled(pixels, runtime.run, network_geometry, tile)[which]
-    logits = view.undo(logits)
-    native: NDArray[np.float32] = resize_logits(torch.from_numpy(logits)[None], height, width)[
-        0
-    ].numpy()
+    outputs = tiles.predict_tiled(pixels, runtime.run, network_geometry, tile)[which]
+    logits = torch.from_numpy(view.undo(outputs))[None]
+    native: NDArray[np.float32] = resize_logits(logits, height, width)[0].numpy()
     return native
 
 

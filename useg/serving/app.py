@@ -174,16 +174,48 @@ def _prediction_routes(service: Service) -> APIRouter:
     ) -> list[EncodedPrediction]:
         """Check the size of every image, and of the whole response, before any is decoded."""
         lease = service.uploads.lease(request)
-        sizes = await gather_or_cancel(functools.partial(declare, lease, each) for each in uploads)
+        gzip = "gzip" in request.headers.get("accept-encoding", "")
+        if len(uploads) == 1 and not service.is_large(len(uploads[0].content)):
+            size, prediction = await predict_if_small(lease, uploads[0], response_format, gzip)
+            sizes = [size]
+        else:
+            prediction = None
+            sizes = await gather_or_cancel(
+                functools.partial(declare, lease, each) for each in uploads
+            )
         pixels = sum(width * height for width, height in sizes)
         add_log_fields(request, pixels=pixels)
+        if prediction is not None:
+            lease.hold_response(prediction.size)
+            return [prediction]
         num_classes = len(service.predictor.classes)
         lease.hold_response(responses.known_size(response_format, pixels, num_classes))
-        gzip = "gzip" in request.headers.get("accept-encoding", "")
         return await gather_or_cancel(
             functools.partial(predict_one, lease, upload, size, response_format, gzip)
             for upload, size in zip(uploads, sizes, strict=True)
         )
+
+    async def predict_if_small(
+        lease: Lease, upload: Upload, response_format: ResponseFormat, gzip: bool
+    ) -> tuple[tuple[int, int], EncodedPrediction | None]:
+        """Check the size of an image, and predict it in the same turn of a thread if it is small.
+
+        A second turn would wait once more for a thread, and twice for the event loop.
+        """
+
+        def work() -> tuple[tuple[int, int], EncodedPrediction | None]:
+            size = declared_size(upload, service.limits.pixels)
+            encoding = responses.encoding_bytes(response_format, *size)
+            num_classes = len(service.predictor.classes)
+            is_held_first = responses.known_size(response_format, 1, num_classes) > 0
+            needed = service.work_bytes(*size) + encoding
+            if is_held_first or service.is_large(len(upload.content), needed, encoding):
+                return size, None
+            return size, responses.predict_upload(
+                service.predictor, upload, response_format, service.limits, gzip
+            )
+
+        return await service.queue.run(work, service.small_work_bytes, lease)
 
     async def declare(lease: Lease, upload: Upload) -> tuple[int, int]:
         size = len(upload.content)

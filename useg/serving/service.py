@@ -85,16 +85,27 @@ class Service:
         """Whether an image is in progress."""
         return bool(self.queue.running or self.large_queue.running)
 
-    def queue_for(
-        self, upload_bytes: int, memory: int = 0, encoding_bytes: int = 0
-    ) -> RequestQueue:
-        """Return the queue for an upload of this size and for work that takes this memory.
+    @property
+    def small_work_bytes(self) -> int:
+        """Maximum memory of a small image while it is in progress."""
+        return round(self.limits.work_bytes * LARGE_SHARE)
+
+    def is_large(self, upload_bytes: int, memory: int = 0, encoding_bytes: int = 0) -> bool:
+        """Tell whether an upload of this size, and work that takes this memory, must take turns.
 
         ``encoding_bytes`` is what encoding the response takes of it.
         """
-        is_large = memory > self.limits.work_bytes * LARGE_SHARE
-        is_large |= upload_bytes > LARGE_UPLOAD_BYTES
-        is_large |= encoding_bytes > LARGE_ENCODING_BYTES
+        return (
+            memory > self.small_work_bytes
+            or upload_bytes > LARGE_UPLOAD_BYTES
+            or encoding_bytes > LARGE_ENCODING_BYTES
+        )
+
+    def queue_for(
+        self, upload_bytes: int, memory: int = 0, encoding_bytes: int = 0
+    ) -> RequestQueue:
+        """Return the queue for an upload of this size and for work that takes this memory."""
+        is_large = self.is_large(upload_bytes, memory, encoding_bytes)
         return self.large_queue if is_large else self.queue
 
     def work_bytes(self, width: int, height: int) -> int:
