@@ -11,8 +11,9 @@ bound is the speed of all parts together if nothing waited. The loop opens an im
 resizes it, runs PyTorch in fp32 with all cores, enlarges the logits, takes the largest and saves a
 PNG; it takes a quarter of the images. Both start with the model loaded. useg chooses its runtime as
 the command does, with an empty cache. The time of that, of the whole command and of the command for
-one image are stored too. ``--export`` names an exported form of the model, for example in 8 bits,
-with which useg predicts; the loop always runs the model itself.
+one image are stored too; Python finds useg's modules compiled, as after an installation.
+``--export`` names an exported form of the model, for example in 8 bits, with which useg predicts;
+the loop always runs the model itself.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ tune()
 import numpy as np
 import PIL.Image
 import torch
+from numpy.typing import NDArray
 from record import ROOT, record
 from torch.nn import functional as F
 
@@ -53,6 +55,7 @@ from useg.inference import tiles
 from useg.inference.files import predict
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor, resize_logits
+from useg.inference.resampling import label_compiled
 from useg.machine import in_parallel
 from useg.models import segmenter
 from useg.pictures import add_legend, overlay
@@ -62,6 +65,8 @@ FRAMES = ROOT.parent / "shared" / "data" / "carla_800x600" / "CameraRGB"
 # The parts are measured on so many images, for at least so many seconds each.
 NUM_MEASURED = 8
 SECONDS = 2.0
+# Parts of a label map; the others are those of its overlay.
+NUM_PARTS = 5
 # Whole commands for one image, and for help.
 NUM_COMMANDS = 5
 
@@ -98,6 +103,11 @@ def seconds_of(part: Callable[[Any], Any], things: Iterable[Any]) -> tuple[float
     return statistics.median(times) / len(things), results
 
 
+def label_uncompiled(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.uint8]:
+    """Enlarge logits and choose the classes where there is no C compiler."""
+    return most_probable(resize_logits(torch.from_numpy(logits)[None], height, width)[0].numpy())
+
+
 def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
     """Return the seconds per image of every part, in order; the last three make the overlay."""
     description, table, seconds = predictor.runtime.description, predictor.classes, {}
@@ -109,11 +119,9 @@ def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
         lambda pixels: tiles.predict_tiled(pixels, predictor.runtime.run, description.geometry, 0),
         reduced,
     )
-    seconds["enlarge"], native = seconds_of(
-        lambda logits: resize_logits(torch.from_numpy(logits)[None], height, width)[0].numpy(),
-        logits,
+    seconds["label"], labels = seconds_of(
+        lambda logits: label_compiled(logits, height, width, label_uncompiled), logits
     )
-    seconds["label"], labels = seconds_of(most_probable, native)
     seconds["encode"], _ = seconds_of(lambda label: encode_label(label, table), labels)
     pairs = list(zip(images, labels, strict=True))
     seconds["overlay"], drawn = seconds_of(lambda pair: overlay(pair[0], pair[1], table), pairs)
@@ -147,7 +155,9 @@ def timed(job: Callable[[], Any]) -> float:
 def seconds_of_command(*words: str | Path) -> float:
     """Return how long ``useg WORDS`` takes."""
     command = [sys.executable, "-m", "useg", *map(str, words)]
-    return timed(lambda: subprocess.run(command, check=True, capture_output=True))
+    # An installer compiles the modules. A checkout does at the first command, if this is not set.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    return timed(lambda: subprocess.run(command, check=True, capture_output=True, env=environment))
 
 
 def main() -> None:
@@ -205,14 +215,14 @@ def main() -> None:
         part: statistics.median(each[part] for each in measured) for part in measured[0]
     }
     bounds = {
-        "predict": 1 / sum(list(part_seconds.values())[:6]),
+        "predict": 1 / sum(list(part_seconds.values())[:NUM_PARTS]),
         "predict with overlays": 1 / sum(part_seconds.values()),
     }
     speed = {name: statistics.median(each) for name, each in rates.items()}
     # The parts and jobs of a round were measured right after each other. On a busy machine their
     # ratio is more reliable than a ratio of medians.
     shares = [
-        rate * sum(list(each.values())[:6])
+        rate * sum(list(each.values())[:NUM_PARTS])
         for rate, each in zip(rates["predict"], measured, strict=True)
     ]
     times = [rate / loop for rate, loop in zip(rates["predict"], rates["loop"], strict=True)]

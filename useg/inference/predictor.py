@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from useg.classes import IGNORE, ClassTable, most_probable, softmax, take_log
+from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax, take_log
 from useg.errors import DataError, ModelError, SettingsError, choose
 from useg.images.files import Image, read_image_and_missing, resize_image
 from useg.inference import runtimes, tiles
@@ -39,6 +39,10 @@ ImagesLike: TypeAlias = ImageLike | Sequence[ImageLike]
 
 # Images of up to this number of pixels are computed in one pass without estimating its memory.
 MAX_SINGLE_PASS_PIXELS = 1_500_000
+
+# A compiler is called when the logits at the size of the images are more than these: resizing so
+# many without it takes about as long as the compiler.
+MIN_COMPILED_LOGITS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class Predictor:
         self.runtime = runtime
         self.runtimes = (runtime, *others)
         self.augment = augment
+        self._num_logits = 0
 
     @classmethod
     def load(
@@ -198,7 +203,20 @@ class Predictor:
             pixels, missing = read_image_and_missing(Path(image))
             label = self(pixels, tile)
             return label if missing is None else np.where(missing, np.uint8(IGNORE), label)
-        return most_probable(self.logits(image, tile))
+        if not self.is_single:
+            return most_probable(self.logits(image, tile))
+        pixels = self._check_image(image)
+        logits = _working_outputs(self.runtime, self.views[0], pixels, tile)[: len(self.classes)]
+        return self._label(logits, *pixels.shape[:2])
+
+    def _label(self, logits: NDArray[np.float32], height: int, width: int) -> Label:
+        """Return the most probable classes of logits ``(K, h, w)`` at the size of the image."""
+        self._num_logits += len(logits) * height * width
+        if self._num_logits <= MIN_COMPILED_LOGITS:
+            return _label_resized(logits, height, width)
+        from useg.inference.resampling import label_compiled
+
+        return label_compiled(logits, height, width, _label_resized)
 
     def probabilities(self, image: ImagesLike, tile: int | None = None) -> NDArray[np.float32]:
         """Return class probabilities ``(K, H, W)`` float32, which sum to 1 at each pixel.
@@ -329,15 +347,17 @@ class Predictor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the paths of the models: each process loads them itself."""
-        models = []
-        for runtime in self.runtimes:
-            if not runtime.source.exists():
-                raise ModelError(
-                    f"the predictor cannot be pickled, because {runtime.source} does not exist; "
-                    "save the model to a file and load it"
-                )
-            models.append((runtime.source.absolute(), runtime.name, runtime.description))
-        return _load_pickled, (tuple(models), self.augment)
+        return _load_pickled, (tuple(map(_pickle_runtime, self.runtimes)), self.augment)
+
+
+def _pickle_runtime(runtime: runtimes.Runtime) -> tuple[Path, str, ModelDescription]:
+    """Return what identifies a model, and refuse one that has no file."""
+    if not runtime.source.exists():
+        raise ModelError(
+            f"the predictor cannot be pickled, because {runtime.source} does not exist; "
+            "save the model to a file and load it"
+        )
+    return runtime.source.absolute(), runtime.name, runtime.description
 
 
 def _load_pickled(
@@ -477,16 +497,32 @@ def _native_outputs(
 
     ``which`` of the outputs are wanted: the classes come first, then what tells objects apart.
     """
+    return _resize(_working_outputs(runtime, view, image, tile)[which], *image.shape[:2])
+
+
+def _resize(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    """As :func:`resize_logits`, for ``(K, h, w)``."""
+    resized = resize_logits(torch.from_numpy(logits)[None], height, width)
+    native: NDArray[np.float32] = resized[0].numpy()
+    return native
+
+
+def _label_resized(logits: NDArray[np.float32], height: int, width: int) -> Label:
+    """Return the most probable classes of logits ``(K, h, w)`` at another size."""
+    return most_probable(_resize(logits, height, width))
+
+
+def _working_outputs(
+    runtime: runtimes.Runtime, view: AugmentedView, image: Image, tile: int | None
+) -> NDArray[np.float32]:
+    """Return all logits of one model for one view of an image, at the size that it computes."""
     height, width = image.shape[:2]
     size = view.size(*runtime.description.working.of(width, height))
     pixels = view.apply(resize_image(image, size))
     network_geometry = runtime.description.geometry
     if tile is None:
         tile, network_geometry = _choose_windows(runtime, pixels)
-    outputs = tiles.predict_tiled(pixels, runtime.run, network_geometry, tile)[which]
-    logits = torch.from_numpy(view.undo(outputs))[None]
-    native: NDArray[np.float32] = resize_logits(logits, height, width)[0].numpy()
-    return native
+    return view.undo(tiles.predict_tiled(pixels, runtime.run, network_geometry, tile))
 
 
 def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) -> PixelOutputs:

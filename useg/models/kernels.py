@@ -21,9 +21,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,9 @@ from useg.models.compiled_layers import (
     square_convolution,
     takes_convolution,
 )
+
+# The types of each function's arguments.
+Signatures = Mapping[str, Sequence[Any]]
 
 # Environment variable that turns the compiled layers off.
 KERNELS_VARIABLE = "USEG_KERNELS"
@@ -69,22 +74,30 @@ MAX_DIFFERENCE = 0.02
 @cache
 def load_kernels() -> ctypes.CDLL | None:
     """Compile and load the kernels; None where they cannot be used."""
-    if os.environ.get(KERNELS_VARIABLE) == "off":
-        return None
+    kernels = compile_sources([Path(__file__).with_name(name) for name in SOURCES], SIGNATURES)
+    if kernels:
+        for function in (kernels.useg_blocks_length, kernels.useg_levels_length):
+            function.restype = ctypes.c_int64
+    return kernels if kernels and _agrees(kernels) else None
+
+
+def compile_sources(sources: Sequence[Path], signatures: Signatures) -> ctypes.CDLL | None:
+    """Compile C files and load their functions; None if that is impossible or turned off."""
     given = os.environ.get("CC")
     found = next(filter(shutil.which, COMPILERS), None)
     compiler = shlex.split(given) if given else [found] if found else None
-    if not compiler:
+    if not compiler or os.environ.get(KERNELS_VARIABLE) == "off":
         return None
-    try:
+    with suppress(OSError, subprocess.SubprocessError, AttributeError):
         with tempfile.TemporaryDirectory() as folder:
-            kernels = _compile(compiler, Path(folder))
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None
-    return kernels if _agrees(kernels) else None
+            kernels = _compile(compiler, sources, Path(folder))
+        for name, types in signatures.items():
+            getattr(kernels, name).argtypes = types
+        return kernels
+    return None
 
 
-def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
+def _compile(compiler: list[str], sources: Sequence[Path], folder: Path) -> ctypes.CDLL:
     def run(words: list[str]) -> None:
         subprocess.run(
             [*compiler, *words],
@@ -94,17 +107,11 @@ def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
             timeout=MAX_COMPILE_SECONDS,
         )
 
-    sources = [Path(__file__).with_name(name) for name in SOURCES]
     compiled, library = [str(folder / f"{source.stem}.o") for source in sources], folder / "k.so"
     pairs = zip(sources, compiled, strict=True)
     list(in_parallel(run, ([*FLAGS, "-c", str(source), "-o", each] for source, each in pairs)))
     run(["-shared", *compiled, "-o", str(library), "-lm"])
-    kernels = ctypes.CDLL(str(library))
-    for name, types in SIGNATURES.items():
-        getattr(kernels, name).argtypes = types
-    for function in (kernels.useg_blocks_length, kernels.useg_levels_length):
-        function.restype = ctypes.c_int64
-    return kernels
+    return ctypes.CDLL(str(library))
 
 
 def _agrees(kernels: ctypes.CDLL) -> bool:

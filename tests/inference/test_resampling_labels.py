@@ -1,0 +1,128 @@
+"""The compiled labels against PyTorch's, and where they are not used."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_inference import make_model, make_predictor, random_image
+from numpy.typing import NDArray
+
+from useg.inference import predictor, resampling
+from useg.inference.predictor import _label_resized
+from useg.inference.resampling import LABEL_SIGNATURES, label_compiled
+from useg.models.geometry import WorkingSize
+from useg.models.kernels import COMPILERS, compile_sources
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)), reason="there is no C compiler"
+)
+SOURCE = Path(resampling.__file__).with_name("resampling.c")
+
+
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """Let this test and those after it decide anew whether there is a kernel."""
+    resampling._load_kernel.cache_clear()
+    yield
+    resampling._load_kernel.cache_clear()
+
+
+def nearly_equal(classes: int, height: int, width: int, seed: int = 0) -> NDArray[np.float32]:
+    """Return logits whose classes differ in their last bits alone."""
+    random = np.random.default_rng(seed)
+    logits = np.repeat(random.standard_normal((1, height, width), np.float32), classes, 0)
+    logits.view(np.int32)[:] += random.integers(-1, 2, logits.shape, np.int32)
+    return logits
+
+
+def unused(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.uint8]:
+    raise AssertionError("PyTorch is not needed")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("classes", "before", "after"),
+    [
+        (13, (48, 64), (150, 200)),
+        (3, (20, 33), (57, 101)),
+        (2, (60, 50), (17, 8)),
+        (1, (5, 5), (9, 9)),
+        (255, (1, 1), (3, 70)),
+        (4, (31, 7), (31, 130)),
+        (5, (7, 90), (80, 47)),
+    ],
+)
+def test_labels_are_those_of_pytorch_to_the_last_bit(
+    classes: int, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    kernel = resampling._load_kernel(_label_resized)
+    if kernel is None and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("PyTorch rounds in another way here")
+    assert kernel
+    for seed in range(3):
+        logits = nearly_equal(classes, *before, seed)
+        found = resampling._label(kernel, logits, *after)
+        assert (found == _label_resized(logits, *after)).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        (
+            "return fmaf(first, 1 - weight, second * weight);",
+            "return fmaf(second, weight, first * (1 - weight));",
+        ),
+        ("fmaf(k + 0.5f, scale, -0.5f)", "(float)((k + 0.5f) * scale * 1.0000001f - 0.5f)"),
+        ("#define GROUP 8", "#define GROUP 1"),
+        ("value > best[j] ? (int32_t)k", "value >= best[j] ? (int32_t)k"),
+    ],
+)
+def test_a_kernel_that_rounds_or_chooses_otherwise_is_not_used(
+    tmp_path: Path, part: str, other: str
+) -> None:
+    source = SOURCE.read_text("utf-8")
+    assert part in source
+    changed = tmp_path / "resampling.c"
+    changed.write_text(source.replace(part, other), "utf-8")
+    kernel = compile_sources([changed], LABEL_SIGNATURES)
+    assert kernel
+    assert not resampling._agrees(kernel, _label_resized)
+
+
+def test_pytorch_labels_without_a_compiler(monkeypatch: pytest.MonkeyPatch, no_cache: None) -> None:
+    monkeypatch.setenv("USEG_KERNELS", "off")
+    logits = nearly_equal(3, 6, 8)
+    assert (label_compiled(logits, 12, 16, _label_resized) == _label_resized(logits, 12, 16)).all()
+
+
+@pytest.mark.parametrize("after", [(6, 8), (90, 7)])
+def test_pytorch_labels_what_keeps_its_size_and_what_is_narrow(after: tuple[int, int]) -> None:
+    logits = nearly_equal(3, 6, 8)
+    assert (label_compiled(logits, *after, _label_resized) == _label_resized(logits, *after)).all()
+    if resampling._load_kernel(_label_resized):
+        with pytest.raises(AssertionError, match="not needed"):
+            label_compiled(logits, *after, unused)
+
+
+def test_a_predictor_compiles_when_it_has_labelled_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def count(logits: NDArray[np.float32], *rest: int) -> NDArray[np.uint8]:
+        called.append(logits.shape)
+        return label_compiled(logits, *rest)
+
+    monkeypatch.setattr(resampling, "label_compiled", count)
+    monkeypatch.setattr(predictor, "MIN_COMPILED_LOGITS", 4 * 96 * 128)
+    model = make_predictor(make_model(working=WorkingSize((32, 24))))
+    image = random_image(96, 128)
+    first = model(image)
+    assert not called
+    assert (model(image) == first).all()
+    assert called == [(4, 24, 32)]
+    assert (model(image) == model.probabilities(image).argmax(0)).all()
