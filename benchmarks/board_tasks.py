@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -73,6 +73,7 @@ def generalisation(found: Results) -> str:
             f"to {max(gains.values()):+.1f}"
         )
         verdicts.append(judge(sentence, fmean(gains.values()) >= goal, f"{goal} points"))
+    verdicts += _judge_half_the_steps(found["generalise"]["runs"])
     lowest = {name: min(each.values()) for name, each in away.items() if each}
     verdicts.append(
         judge(
@@ -94,6 +95,40 @@ def generalisation(found: Results) -> str:
             cite("generalise", found["generalise"]),
         ]
     )
+
+
+def _judge_half_the_steps(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Compare the steps of one minute with those of a peer in two."""
+
+    def by_fold(name: str, minutes: float) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for run in runs:
+            if (run["name"], run["minutes"]) == (name, minutes):
+                found[run["fold"]].append(run)
+        return found
+
+    own, peer = by_fold("default", 1), by_fold(SMP, 2)
+    both = [fold for fold in own if fold in peer]
+    if not both:
+        return []
+
+    def mean_score(found: dict[str, list[dict[str, Any]]]) -> float:
+        return fmean(
+            fmean(run["scores"]["away"]["mean_iou"] for run in found[fold]) for fold in both
+        )
+
+    def seconds(found: dict[str, list[dict[str, Any]]]) -> float:
+        return sum(min(run["cpu_seconds"] for run in found[fold]) for fold in both)
+
+    gain, share = 100 * (mean_score(own) - mean_score(peer)), seconds(own) / seconds(peer)
+    sentence = (
+        f"after half of its steps, in {percent(share)} of the package's processor time (of the "
+        f"seeds, that of the fastest), useg scores {gain:.1f} points "
+        f"more on {count_of(len(both), 'set')}"
+    )
+    return [
+        judge(sentence, gain >= 3 and round(share, 2) <= 0.2, "3 points in a fifth of the time")
+    ]
 
 
 def objects(found: Results) -> str:
