@@ -185,6 +185,38 @@ def test_what_an_array_declares_is_checked_before_anything_is_unpacked(tmp_path,
     refused(folder(tmp_path, bytes(PIXELS.size), **array), sentence)
 
 
+@pytest.mark.parametrize("count", [3, 300])
+def test_long_lists_of_an_array_are_refused_before_zarr_makes_objects_of_them(tmp_path, count):
+    shuffle = {"id": "shuffle", "elementsize": 1}
+    second = folder(tmp_path / "v2", bytes(4096), filters=[shuffle] * count)
+    group = zarr.open_group(tmp_path / "v3.zarr", mode="w", zarr_format=3)
+    group.create_array("0", data=PIXELS, attributes={f"key {k}": [{}] for k in range(count)})
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [scales()]}
+    third = tmp_path / "v3.zarr"
+    assert np.array_equal(open_zarr(third)[0:64, 0:64][..., 0], PIXELS)
+    file = third / "0" / "zarr.json"
+    content = json.loads(file.read_text())
+    transpose = {"name": "transpose", "configuration": {"order": [0, 1]}}
+    file.write_text(json.dumps(content | {"codecs": [transpose] * count + content["codecs"]}))
+    for path in (second, third):
+        if count > 200:
+            refused(path, "more than 200 codecs, filters or fields")
+        else:
+            assert open_zarr(path)[0:64, 0:64].shape == (64, 64, 1)
+
+
+@pytest.mark.parametrize("count", [2, 17])
+def test_an_image_has_few_coordinate_transformations(tmp_path, count):
+    path = folder(tmp_path, bytes(4096))
+    steps = {"coordinateTransformations": [{"type": "scale", "scale": [2, 2]}] * count}
+    content = {"multiscales": [{**scales(), "datasets": [{"path": "0", **steps}]}]}
+    (path / ".zattrs").write_text(json.dumps(content))
+    if count > 16:
+        refused(path, "more than 16 axes or coordinate transformations")
+    else:
+        assert open_zarr(path).placement.scale == (4, 4)
+
+
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path):
     folder(tmp_path / "outside", PIXELS.tobytes())
     path = folder(tmp_path, bytes(PIXELS.size), array_path="../outside/a.zarr/0")

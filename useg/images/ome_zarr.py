@@ -47,6 +47,10 @@ SUFFIX = ".zarr"
 METADATA = (".zattrs", "zarr.json")  # of Zarr v2 and v3
 
 
+MAX_ENTRIES = 16  # axes, or coordinate transformations of a level
+_STEPS = "coordinateTransformations"
+
+
 CELL = 256  # pixels: of smaller chunks, several are read at a time
 
 
@@ -162,6 +166,9 @@ def open_zarr(path: Path) -> ZarrImage:
             raise _no_image(path)
         scales = ome["multiscales"][0]
         axes = scales.get("axes", [])
+        steps = [scales, scales["datasets"][0]]
+        if max(len(axes), *(len(each.get(_STEPS, ())) for each in steps)) > MAX_ENTRIES:
+            raise ValueError(f"it has more than {MAX_ENTRIES} axes or coordinate transformations")
         if not axes or not all(isinstance(axis, dict) for axis in axes):
             raise UsageError(
                 f"'{path}' is an OME-Zarr older than 0.4, whose axes have no types; "
@@ -224,8 +231,8 @@ def _placed(scales: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float
     """
     scale, translation = np.ones(2), np.zeros(2)
     for step in (
-        *scales["datasets"][0].get("coordinateTransformations", ()),
-        *scales.get("coordinateTransformations", ()),
+        *scales["datasets"][0].get(_STEPS, ()),
+        *scales.get(_STEPS, ()),
     ):
         if step["type"] == "scale":
             factor = np.array(step["scale"][-2:], float)
