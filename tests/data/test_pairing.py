@@ -109,6 +109,13 @@ def test_images_and_masks_in_one_folder_are_paired(tmp_path):
     assert len(dataset.pairs) == 3
 
 
+def test_tiles_of_a_grid_are_paired_although_every_number_is_in_many_names(tmp_path):
+    names = [f"slide{s}_r{y}_c{x}" for s in range(4) for y in range(4) for x in range(4)]
+    dataset = find_dataset(write_folders(tmp_path, "tiles", "labels", tuple(names)))
+    assert len(dataset.pairs) == 64
+    assert all(pair.image.stem == pair.mask.stem for pair in dataset.pairs)
+
+
 def test_sub_folders_are_paired_by_path_and_otherwise_by_name(tmp_path):
     same = tmp_path / "same"
     for street in ("a", "b"):

@@ -117,6 +117,7 @@ def test_planted_defect_alone_is_found_and_repaired(
     [
         (b"", "empty"),
         (b" <!DOCTYPE html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         (b"not found", "text"),
         (b"\x89PNG\r\n", "PNG"),
         (b"II+\0....", "TIFF"),

@@ -451,6 +451,17 @@ def test_a_set_of_which_one_half_is_inverted_is_an_error(tmp_path: Path) -> None
     assert kinds(tmp_path / "sound") == set()
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(np.float32, 1 / 255), (np.uint16, 257)])
+def test_images_of_two_scales_are_an_error(tmp_path: Path, dtype: type, factor: float) -> None:
+    def two_scales(k: int) -> tuple[np.ndarray, np.ndarray]:
+        pixels, label = ellipses(k)
+        grey = pixels[..., 0].astype(float)
+        return (grey * (factor if k % 3 == 1 else 1)).astype(dtype), label
+
+    write(tmp_path, image="images/{k}.tif", picture=two_scales, count=10)
+    assert "mixed scales" in kinds(tmp_path)
+
+
 def test_masks_with_red_and_blue_exchanged_are_found_and_mended(tmp_path: Path) -> None:
     def exchanged(label: np.ndarray, k: int) -> np.ndarray:
         return np.ascontiguousarray(COLORS[label][..., :: -1 if k % 3 == 1 else 1])

@@ -23,7 +23,7 @@ from useg.data.mask_encoding import number_objects
 from useg.data.splits import open_dataset
 from useg.doctor import survey
 from useg.doctor.survey import refuse_unsound
-from useg.errors import UsageError
+from useg.errors import DataError, UsageError
 from useg.reporting.inspection import inspect_dataset
 from useg.training.batches import pixel_statistics
 
@@ -211,6 +211,17 @@ def test_opaque_colour_masks_keep_their_colours(tmp_path: Path) -> None:
 
     dataset = decide(write_yards(tmp_path, opaque))
     assert (dataset.encoding.alpha, len(dataset.classes)) == (False, 4)
+
+
+def test_a_few_visible_colours_are_not_taken_for_transparency(tmp_path: Path) -> None:
+    def visible(label: np.ndarray, k: int) -> np.ndarray:
+        """Noise that nobody sees where the alpha is 0, as programs leave it."""
+        noise = np.random.default_rng(k).integers(0, 255, (*label.shape, 3))
+        colors = np.where((label > 0)[..., None], COLORS[label], noise)
+        return np.dstack([colors, 255 * (label > 0)]).astype(np.uint8)
+
+    with pytest.raises(DataError, match="look like photographs"):
+        find_dataset(write_yards(tmp_path, visible))
 
 
 def smooth(label: np.ndarray, turn: float, filter_: PIL.Image.Resampling) -> np.ndarray:

@@ -77,10 +77,15 @@ _TIFF_SUFFIXES = (".tif", ".tiff")
 _STACK_SUFFIXES = (*_TIFF_SUFFIXES, ".dcm", ".dicom")
 # If an image has up to this many pages and its mask has one, the pages are bands; more are a stack.
 _MAX_BAND_PAGES = 16
-_OTHER_SUFFIXES = (
-    *(".json", ".xml", ".txt", ".csv"),
-    *UNREAD_SUFFIXES,
-)
+_VIDEO_ADVICE = "save the labelled frames as PNG, for example with ffmpeg"
+# What to do with files that useg does not read.
+_ADVICE = {
+    **UNREAD_SUFFIXES,
+    ".nii.gz": UNREAD_SUFFIXES[".nii"],
+    ".zip": "unpack them; if they are ROI sets of ImageJ, save a mask for each image instead",
+    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), _VIDEO_ADVICE),
+}
+_OTHER_SUFFIXES = (*(".json", ".xml", ".txt", ".csv"), *_ADVICE)
 
 # Called with the pairs, how their masks hold the classes, the ignored values, and
 # skip_unreadable=...
@@ -462,7 +467,10 @@ def _describe_folder(folder: Path) -> str:
     counts = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
     loose = sum(path.parent == folder for path in list_image_files(folder))
     others = list_files(folder, _OTHER_SUFFIXES)
-    suffixes = Counter(path.suffix.lower() for path in others)
+    suffixes = Counter(
+        ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+        for path in others
+    )
     named = [f"{child.name}/ ({format_count(count, 'image')})" for child, count in counts.items()]
     shown = named[:8]
     if loose and counts:
@@ -473,9 +481,9 @@ def _describe_folder(folder: Path) -> str:
     begin = (
         f"'{folder}' has no pairs of image and mask that useg recognises. It has {', '.join(shown)}"
     )
-    unread = next((suffix for suffix, _ in suffixes.most_common() if suffix in UNREAD_SUFFIXES), "")
+    unread = next((suffix for suffix, _ in suffixes.most_common() if suffix in _ADVICE), "")
     if unread:
-        return f"{begin}. useg does not read {unread} files: {UNREAD_SUFFIXES[unread]}"
+        return f"{begin}. useg does not read {unread} files: {_ADVICE[unread]}"
     annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
     if annotated and not any(counts.values()) and not loose:
         return (

@@ -113,6 +113,9 @@ class MaskHeader:
 # The codes of a mask and its transparency (H, W), or None.
 DecodedMask = tuple[CodeMap, NDArray[Any] | None]
 
+# So many visible colours may be classes; the colours of a photograph are more.
+_MAX_VISIBLE_COLORS = 64
+
 
 class _Masks(Iterable[DecodedMask]):
     """Masks that are decoded when they are first asked for.
@@ -274,7 +277,17 @@ def hold_alpha(masks: Iterable[DecodedMask]) -> bool:
     if len(levels) < 2:
         return levels == {0}
     colors = {int(code) for codes, _ in masks for code in np.unique(codes)}
-    return len(colors) == 1 or (len(colors) > 4 * len(levels) and len(colors) > 256)
+    if len(colors) == 1:
+        return True
+    visible = {
+        int(code)
+        for codes, alpha in masks
+        if alpha is not None
+        for code in np.unique(codes[alpha > 0])
+    }
+    # A few colours are classes, whatever programs leave where nothing is visible.
+    is_photograph = len(colors) > max(4 * len(levels), 256)
+    return is_photograph and not 1 < len(visible) <= _MAX_VISIBLE_COLORS
 
 
 def find_border(masks: Iterable[CodeMap]) -> int | None:

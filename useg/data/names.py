@@ -427,6 +427,7 @@ def _vote(names: Sequence[str], others: Sequence[str]) -> Counter[Rule]:
         for part in dict.fromkeys(parts[name]):
             if part.isalnum():
                 places[part].append(name)
+        places[_numbers(parts[name])].append(name)
     count = min(len(names), _MAX_SAMPLES)
     votes: Counter[Rule] = Counter()
     for k in range(count):
@@ -442,11 +443,17 @@ def _vote(names: Sequence[str], others: Sequence[str]) -> Counter[Rule]:
     return votes
 
 
+def _numbers(parts: Iterable[str]) -> str:
+    """Return the numbers of a name in their order, which tells tiles such as a_r0_c1 apart."""
+    return "/".join(part for part in parts if part.isdecimal())
+
+
 def _find_similar(
     name: str, parts: Mapping[str, list[str]], places: Mapping[str, list[str]]
 ) -> list[str]:
     """Return names that share rare parts with a name, the most similar first."""
-    listed = [places[part] for part in dict.fromkeys(parts[name]) if part in places]
+    keys = dict.fromkeys((*parts[name], _numbers(parts[name])))
+    listed = [places[key] for key in keys if key in places]
     short = [found for found in listed if len(found) <= _MAX_SHARING]
     scores: dict[str, float] = defaultdict(float)
     for found in short or sorted(listed, key=len)[:1]:
@@ -454,10 +461,10 @@ def _find_similar(
             scores[other] += 1 / len(found)
     scores.pop(name, None)
     near = heapq.nlargest(_MAX_COMPARED, scores, key=lambda other: scores[other])
-    rarity = {part: 1 / len(places[part]) for part in parts[name] if part in places}
+    rarity = {key: 1 / len(places[key]) for key in keys if key in places}
 
     def similarity(other: str) -> tuple[float, int]:
-        shared = sum(rarity.get(part, 0) for part in set(parts[other]))
+        shared = sum(rarity.get(key, 0) for key in {*parts[other], _numbers(parts[other])})
         ends = (reversed(parts[name]), reversed(parts[other])), (parts[name], parts[other])
         return shared, sum(x == y for one, two in ends for x, y in zip(one, two, strict=False))
 

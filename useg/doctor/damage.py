@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ FORMAT_SUFFIX = {
     "TIFF": ".tif",
 }
 
+_LFS_START = b"version https://git-lfs"
 _MARKUP_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 
 # Minimum size of a data set in which images of unusual sizes, at most 2 % of it, are listed.
@@ -66,12 +67,15 @@ _IMAGES_PER_ODD_SIZE = 50
 def detect_file_format(path: Path) -> str:
     """Detect the format of a file by its first bytes.
 
-    It is an image format, ``"text"``, ``"web page"``, ``"empty"``, or ``""`` if unknown.
+    It is an image format, ``"text"``, ``"web page"``, ``"Git LFS pointer"``, ``"empty"``, or ``""``
+    if unknown.
     """
     with open_file(path) as file:
         start = file.read(256)
     if not start:
         return "empty"
+    if start.startswith(_LFS_START):
+        return "Git LFS pointer"
     if start.lstrip().lower().startswith(_MARKUP_STARTS):
         return "web page"
     for magic, name in _MAGIC_BYTES.items():
@@ -131,6 +135,9 @@ def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
         if file_format == "empty":
             message = f"'{name}' is empty (0 bytes): a copy or download failed"
             remedy = "copy it again, or remove it"
+        elif file_format == "Git LFS pointer":
+            message = f"'{name}' is a Git LFS pointer, and not the file itself"
+            remedy = "run git lfs pull where you cloned the data"
         elif file_format in ("text", "web page"):
             noun = "text file" if file_format == "text" else file_format
             message = f"'{name}' is a {noun} with the name of an image, as after a failed download"
@@ -313,6 +320,10 @@ def _leave_out_unusual(groups: Mapping[Any, list[Measurement]], noun: str) -> tu
 # With fewer images, the typical exposure is not known.
 _MIN_IMAGES_OF_EXPOSURE = 8
 
+# Brightest values that are so many times as high, with none between, are those of another scale:
+# 255 times for 0 to 1 beside 0 to 255. The values of an image must differ by that share of them.
+_MIN_SCALE_STEP, _MIN_CONTRAST = 30, 0.3
+
 
 def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
     """Find blank images, and a few that are far darker or brighter than all others."""
@@ -326,6 +337,7 @@ def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
     usual_range, median = float(np.median(ranges)), float(np.median(means))
     deviation = 1.48 * float(np.median(np.abs(means - median)))
     deviation = max(deviation, 0.1 * usual_range, 1e-6)
+    yield from _mixed_scales(data, [image for _, image in images], [pair for pair, _ in images])
     is_blank = ranges <= 0.02 * usual_range
     is_odd = ~is_blank & (np.abs(means - median) > 6 * deviation) & (ranges < 0.5 * usual_range)
     blank, odd = np.flatnonzero(is_blank), np.flatnonzero(is_odd)
@@ -343,6 +355,36 @@ def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
             f"'{data.name(files[0])}' is far {tone} than all others and has little contrast{more}",
             "check that it shows what its mask says",
         )
+
+
+def _mixed_scales(
+    data: MeasuredDataset, images: Sequence[ImageMeasurement], pairs: Sequence[Pair]
+) -> Iterator[Finding]:
+    """Report images with values from 0 to 1 beside others up to 255, or of 8 beside 16 bits."""
+    highest = np.array([float(image.thumbnail.max()) for image in images])
+    order = np.argsort(highest)
+    # Images without contrast, such as empty ones, have no scale.
+    order = np.array(
+        [k for k in order if np.ptp(images[k].thumbnail) >= _MIN_CONTRAST * highest[k] > 0], np.intp
+    )
+    if len(order) < _MIN_IMAGES_OF_EXPOSURE or all(image.dtype == "uint8" for image in images):
+        return
+    steps = highest[order[1:]] / highest[order[:-1]]
+    place = int(steps.argmax())
+    low, high = highest[order[place]], highest[order[place + 1]]
+    if steps[place] < _MIN_SCALE_STEP or not (low <= 1 or low <= 255 < high / _MIN_SCALE_STEP):
+        return
+    parts = order[: place + 1], order[place + 1 :]
+    files = tuple(pairs[k].image for k in min(parts, key=len))
+    yield Finding(
+        "mixed scales",
+        "error",
+        files,
+        f"the values of {format_count(len(parts[0]), 'image')}, such as "
+        f"'{data.name(pairs[parts[0][0]].image)}', are at most {low:,.5g}, and those of "
+        f"{len(parts[1])} others are at least {high:,.0f} at their brightest place",
+        "save all images with one scale: these seem to be scaled to another range",
+    )
 
 
 def _blank_image(data: MeasuredDataset, pair: Pair, *, is_dark: bool) -> Finding:

@@ -48,6 +48,24 @@ def test_labelme_finds_a_renamed_image_by_the_name_of_the_annotation_file(tmp_pa
     assert images_and_splits(find_dataset(tmp_path)) == [("b.png", "")]
 
 
+def test_a_labelme_file_that_names_another_image_than_its_own_is_refused(tmp_path):
+    for name in ("a", "b"):
+        write_photo(tmp_path / f"{name}.png")
+    write_file(tmp_path / "a.json", labelme({"points": CORNERS}, image="b.png"))
+    with pytest.raises(
+        DataError, match=r"annotates 'b\.png', but the image with its name is 'a\.png'"
+    ):
+        find_dataset(tmp_path)
+
+
+def test_names_of_classes_that_differ_in_capitals_are_told(tmp_path):
+    write_photo(tmp_path / "a.png")
+    shapes = [{"label": name, "points": CORNERS} for name in ("big tree", "Big_Tree", "bush")]
+    write_file(tmp_path / "a.json", labelme(*shapes, image="a.png"))
+    (note,) = find_dataset(tmp_path).notes
+    assert note.startswith("the classes 'Big_Tree' and 'big tree' have nearly the same name")
+
+
 def test_all_labelme_shapes_have_the_right_area(tmp_path):
     write_photo(tmp_path / "a.jpg", (60, 50))
 

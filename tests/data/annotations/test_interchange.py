@@ -323,6 +323,7 @@ def test_yolo_classes_without_names_are_numbered(tmp_path):
         ("-1 0 0 1 0 1 1", "line 1 is not 'class x y"),
         ("x 0 0 1 0 1 1", "line 1 is not 'class x y"),
         ("0 0 0 1 0 1 nan", "line 1 has a shape with a coordinate that is NaN or infinite"),
+        ("0 0 0 9 0 9 8", "line 1 has the coordinate 9, but coordinates are fractions"),
         ("0 0 0 1 0 1 y", "line 1 has a shape whose points are not pairs of numbers"),
         (
             "2 0 0 1 0 1 1",

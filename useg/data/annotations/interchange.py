@@ -263,6 +263,10 @@ def find_label_file(image: Path, root: Path) -> Path | None:
     return path if path.parent.is_dir() else None
 
 
+# Outlines may leave the image by so much, and coordinates in pixels are higher.
+_MAX_FRACTION = 2
+
+
 def read_yolo(
     pairs: Sequence[tuple[Path, Path]], name_files: Iterable[Path], reading: Reading
 ) -> Annotations:
@@ -340,4 +344,11 @@ def _parse_outline(words: Sequence[str], source: str) -> tuple[int, bytes]:
             f"{source} has the class {words[0][:20]}, but class numbers are 0 to "
             f"{MAX_CLASSES - 1}; correct or remove it"
         )
-    return int(words[0]), pack_coordinates(words[1:], source)
+    outline = pack_coordinates(words[1:], source)
+    highest = max(array("d", outline))
+    if highest > _MAX_FRACTION:
+        raise DataError(
+            f"{source} has the coordinate {highest:g}, but coordinates are fractions of the "
+            "image's width and height, 0 to 1; divide them by these"
+        )
+    return int(words[0]), outline

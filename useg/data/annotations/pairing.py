@@ -10,8 +10,9 @@ listed. Only if nothing is left to read, its reason becomes the error.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ from useg.data.annotations.rasterize import Drawing
 from useg.data.annotations.run_lengths import is_run_length_csv, read_run_lengths
 from useg.data.dataset import DetectedLayout, Pair
 from useg.data.official_splits import find_official_split
-from useg.errors import DataError, format_count
+from useg.errors import DataError, format_count, join_names
 from useg.images.files import list_files, list_image_files, natural_key, read_size
 from useg.machine import paused_garbage_collection
 
@@ -176,6 +177,8 @@ def _pair_files(reading: Reading, files: Sequence[Path]) -> DetectedLayout | Non
     if annotations is None:
         return None
     located = [(reading.find(entry), entry) for entry in annotations.entries]
+    if annotations.layout == "labelme":
+        _refuse_crossed(reading, located)
     alone = [entry for image, entry in located if image is None]
     if alone and len(alone) == len(located):
         raise DataError(
@@ -187,6 +190,20 @@ def _pair_files(reading: Reading, files: Sequence[Path]) -> DetectedLayout | Non
         reading, annotations, [(image, entry) for image, entry in located if image is not None]
     )
     return replace(found, masks=tuple(Path(f"{entry.file}#{entry.image}") for entry in alone))
+
+
+def _refuse_crossed(
+    reading: Reading, located: Sequence[tuple[Path | None, AnnotatedImage]]
+) -> None:
+    """Refuse a file that names another image than the one beside it that has the file's name."""
+    beside = {path.with_suffix(""): path for path in reading.images}
+    for image, entry in located:
+        own = beside.get(entry.file.with_suffix(""))
+        if image and own and image.with_suffix("") != own.with_suffix(""):
+            raise DataError(
+                f"'{entry.file}' says that it annotates '{entry.image}', but the image with its "
+                f"name is '{own.name}'; correct its imagePath, or rename it like its image"
+            )
 
 
 def _read_files(files: Sequence[Path], reading: Reading) -> Annotations | None:
@@ -303,13 +320,29 @@ def _to_layout(
         )
         for image, entry in sorted(entries.items(), key=lambda item: natural_key(item[0]))
     )
+    classes = annotations.classes
     return DetectedLayout(
         annotations.layout,
         tuple(pairs),
-        classes=annotations.classes,
-        notes=annotations.notes,
+        classes=classes,
+        notes=(*annotations.notes, *_describe_spellings(classes.names)),
         skipped=tuple(dict.fromkeys(reading.skipped)),
     )
+
+
+def _describe_spellings(names: Sequence[str]) -> Iterator[str]:
+    """Say that names of classes differ only in capitals, spaces or the like."""
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        spellings[re.sub(r"[\s_-]+", " ", name).strip().casefold()].append(name)
+    for found in spellings.values():
+        if len(found) > 1:
+            listed = join_names([repr(name) for name in found])
+            yield (
+                f"the classes {listed} have nearly the same "
+                "name, but count as different classes; if they are one class, give them one name "
+                "in the annotation files"
+            )
 
 
 def _with_size(entry: AnnotatedImage, image: Path) -> Drawing:
