@@ -497,19 +497,16 @@ def _native_outputs(
 
     ``which`` of the outputs are wanted: the classes come first, then what tells objects apart.
     """
-    return _resize(_working_outputs(runtime, view, image, tile)[which], *image.shape[:2])
-
-
-def _resize(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """As :func:`resize_logits`, for ``(K, h, w)``."""
-    resized = resize_logits(torch.from_numpy(logits)[None], height, width)
+    logits = _working_outputs(runtime, view, image, tile)[which]
+    resized = resize_logits(torch.from_numpy(logits)[None], *image.shape[:2])
     native: NDArray[np.float32] = resized[0].numpy()
     return native
 
 
 def _label_resized(logits: NDArray[np.float32], height: int, width: int) -> Label:
     """Return the most probable classes of logits ``(K, h, w)`` at another size."""
-    return most_probable(_resize(logits, height, width))
+    resized = resize_logits(torch.from_numpy(logits)[None], height, width)
+    return most_probable(resized[0].numpy())
 
 
 def _working_outputs(
