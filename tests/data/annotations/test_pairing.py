@@ -282,6 +282,8 @@ def test_inspect_lists_what_was_skipped_and_counts_it(tmp_path):
         ("x.json", "[" + "[]," * 2_000_000 + "1]", "2,000,001 nested items in 6,000,003 bytes"),
         ("x.xml", "<a>" + "<b/>" * 1_500_000 + "</a>", "nested items in 6,000,007 bytes"),
         ("x.json", "[" * 100_000, "is not valid JSON"),
+        ("x.json", '{"imagePath": [' + "[1, 2], " * 500_000 + "0]}", "500,002 points and other"),
+        ("x.xml", "<a>" + "<Vertex X='1'/>" * 500_000 + "</a>", "500,002 points and other"),
     ],
 )
 def test_items_that_would_fill_the_memory_are_not_parsed(tmp_path, name, content, reason):

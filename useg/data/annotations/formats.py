@@ -43,6 +43,9 @@ MAX_YAML_BYTES = 100_000
 # at least so many bytes on average, since each takes up to 30 times as much memory as text.
 MAX_ANNOTATION_BYTES = 1_000_000_000
 _LARGE_BYTES, _MIN_BYTES_PER_ITEM = 5_000_000, 7
+# Formats with a file for each image store each point as such an item. One image has far fewer.
+_ONE_IMAGE_KEYS = (b'"imagePath"', b'"imgHeight"', b'"geometryType"', b"<Vertex")
+_MAX_ITEMS_OF_AN_IMAGE = 500_000
 
 # Parts of one file that are skipped, each with a sentence; a file with more is refused.
 MAX_SKIPPED = 10_000
@@ -392,6 +395,11 @@ def read_bytes(path: Path, opening: bytes = b"\n") -> bytes:
     count = sum(content.count(bytes([character])) for character in opening)
     if len(content) > _LARGE_BYTES and count * _MIN_BYTES_PER_ITEM > len(content):
         raise ValueError(f"it has {count:,} nested items in {len(content):,} bytes")
+    if count > _MAX_ITEMS_OF_AN_IMAGE and any(key in content for key in _ONE_IMAGE_KEYS):
+        raise ValueError(
+            f"it has {count:,} points and other items for one image, more than the allowed "
+            f"{_MAX_ITEMS_OF_AN_IMAGE:,}"
+        )
     return content
 
 
