@@ -194,7 +194,7 @@ def test_command_trains_folds_and_refuses_mistakes(
     command = ["train", str(groups), "--out", out, "--quiet", "--set=train.steps=1"]
     for more, message in (
         (["--final"], "--final trains a model that --folds K scores; give --folds too"),
-        (["--folds", "1"], "1 folds are asked for, but 2 or more are possible"),
+        (["--folds", "1"], "1 folds are not possible; choose 2 or more"),
     ):
         with pytest.raises(SystemExit) as ended:
             main([*command, *more])

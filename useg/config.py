@@ -436,7 +436,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
     provenance = _read_toml(path).get("provenance", {})
     if not isinstance(provenance, dict) or not isinstance(provenance.get("splits_by", ""), str):
         raise SettingsError(
-            f"{path} has a [provenance] of another form; pass a run.toml that useg train wrote"
+            f"{path} does not have the expected [provenance]; pass a run.toml that useg train wrote"
         )
     return provenance
 

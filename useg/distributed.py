@@ -79,7 +79,7 @@ def process_group() -> Iterator[None]:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         raise MachineError(
-            "another process of this run no longer answers; start all of them again to resume it"
+            "another process of this run no longer responds; start all of them again to resume it"
         ) from error
     finally:
         distributed.destroy_process_group()

@@ -128,8 +128,8 @@ def _put_folder_in_place(draft: Path, place: Path, is_own: Recognizer) -> None:
         # From now on, nobody finds it any more.
         if not is_own(old):
             raise DataError(
-                f"somebody has changed {place} while useg was about to replace it; move what is "
-                "not useg's away, and run the command again"
+                f"somebody has changed {place} while useg was about to replace it; move the files "
+                "that are not useg's away, and run the command again"
             )
         draft.rename(place)
     except BaseException:
@@ -316,8 +316,8 @@ def refuse_same_names(paths: Iterable[Path]) -> None:
         if other != path and _folds_names(path.parent):
             raise DataError(
                 f"{other.name!r} and {path.name!r} would be one file in {path.parent}: its disk "
-                "does not tell capital letters from small ones, or accents that are stored in two "
-                "ways; rename one of the images, or choose a folder on another disk"
+                "does not distinguish capital from small letters, or two encodings of an accent; "
+                "rename one of the images, or choose a folder on another disk"
             )
 
 

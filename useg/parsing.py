@@ -68,7 +68,7 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes")
     if len(content) > status.st_size:
-        raise ValueError("it grows while it is read")
+        raise ValueError("it grows while useg reads it")
     return content
 
 

@@ -60,7 +60,7 @@ def test_equal_values_are_equal_classes_if_confirmed() -> None:
         ("Car", "has the part 'Car'; write NAME=NAME"),
         ("Car=", "has the part 'Car='"),
         ("Car=Vehicles,,", "has the part ''"),
-        ("Car=Vehicles,Car=Poles", "gives 'Car' to two classes"),
+        ("Car=Vehicles,Car=Poles", "maps 'Car' to two classes"),
     ],
 )
 def test_a_mapping_that_cannot_be_read_is_refused(text: str, message: str) -> None:

@@ -102,7 +102,7 @@ def test_official_test_images_take_no_part() -> None:
 
 
 def test_too_few_folds_or_images_are_refused() -> None:
-    with pytest.raises(SettingsError, match="1 folds are asked for, but 2 or more are possible"):
+    with pytest.raises(SettingsError, match="1 folds are not possible; choose 2 or more"):
         make_folds(dataset_of_names(*PATIENTS), 1)
     with pytest.raises(DataError, match="has 1 images with masks, but folds need 2 or more"):
         make_folds(dataset_of_names("a"), 2)

@@ -93,7 +93,7 @@ def test_absent_and_rare_classes_are_named(tmp_path: Path) -> None:
     absent = finding_of_kind(survey, "class without pixels")
     assert absent.message == "no pixel belongs to sign"
     rare = finding_of_kind(survey, "rare class")
-    assert rare.message == "rare (below 0.5 % of the pixels): road (0.06 %)"
+    assert rare.message == "rare classes (below 0.5 % of the pixels): road (0.06 %)"
 
 
 def test_classes_missing_in_one_split_are_named(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_near_duplicates_are_kept_and_listed_unless_asked(
     log = json.loads((clean / "changes.json").read_text())
     assert log["num_pairs"]["after"] == num_kept
     (change,) = log["changes"]
-    assert change["change"].startswith("left out: " if drop else "kept, but look at it: nearly")
+    assert change["change"].startswith("left out: " if drop else "kept, but check it: nearly")
 
 
 def test_copies_equal_in_every_pixel_are_dropped(

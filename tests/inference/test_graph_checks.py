@@ -133,7 +133,7 @@ ONNX_CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "infinity": (lambda m: weights(m, np.inf), "are not finite"),
     "fewer numbers than declared": (
         lambda m: m.graph.initializer[0].dims.append(10**9),
-        "have other sizes than their numbers",
+        "do not have their declared size",
     ),
     "two outputs": (lambda m: m.graph.output.append(m.graph.output[0]), "only input or output"),
     "no pixels": (lambda m: m.graph.input.pop(), "only input or output"),
@@ -168,11 +168,11 @@ OPENVINO_CHANGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "weights before the file": (
         lambda x: re.sub(rb'offset="\d+"', b'offset="-8"', x, count=1),
-        "have other sizes",
+        "do not have their declared size",
     ),
     "larger weights": (
         lambda x: re.sub(rb' size="\d+"', b' size="99999999999"', x, count=1),
-        "have other sizes than their numbers",
+        "do not have their declared size",
     ),
     "entities": (
         lambda x: x.replace(b"<net ", b'<!DOCTYPE net [<!ENTITY a "b">]><net ', 1),

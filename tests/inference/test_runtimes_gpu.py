@@ -42,7 +42,7 @@ def test_the_gpu_predicts_by_default_if_there_is_one(
     assert label_agreement(found, load_runtime(stored, "torch").run(x)) > 0.98
     monkeypatch.setenv("USEG_DEVICE", "cpu")
     assert load_runtime(stored).name == "torch"
-    with pytest.raises(UsageError, match="the runtime gpu is asked for, but the device is the CPU"):
+    with pytest.raises(UsageError, match="the runtime is gpu, but the device is the CPU"):
         load_runtime(stored, "gpu")
     monkeypatch.setenv("USEG_DEVICE", "tpu")
     with pytest.raises(UsageError, match="there is no device 'tpu' here"):

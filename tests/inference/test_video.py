@@ -386,7 +386,7 @@ def test_impossible_smoothing_and_no_output_are_refused(
 ) -> None:
     with pytest.raises(
         UsageError,
-        match="share of the previous frames to blend in, is 1, but it is 0 or more and less",
+        match="share of the previous frames to blend in, is 1, but it must be at least 0 and less",
     ):
         label_video(predictor, tmp_path / "a.mp4", tmp_path, smooth=1)
     with pytest.raises(

@@ -110,7 +110,7 @@ def test_all_images_of_other_data_are_scored_if_the_classes_agree(
     (other / "classes.toml").unlink(missing_ok=True)
     names = ("road", "sky", "car", "tree")
     code, _, err = run(capsys, "evaluate", model, other)
-    assert (code, "repeat with --map ids" in err) == (2, True)
+    assert (code, "run it again with --map ids" in err) == (2, True)
 
     code, out, _ = run(capsys, "evaluate", model, other, "--map", "ids")
     assert code == 0

@@ -330,7 +330,9 @@ def test_words_that_only_masks_have_may_be_classes(tmp_path: Path) -> None:
         save(tmp_path / f"{k}.jpg", image)
         name = f"{k}_{('lawn', 'ball')[k % 2]}.png"
         save(tmp_path / name, (label == 2 + k % 2).astype(np.uint8) * 255)
-    assert any("the names of the masks have ball, lawn" in x for x in find_dataset(tmp_path).notes)
+    assert any(
+        "the names of the masks contain ball, lawn" in x for x in find_dataset(tmp_path).notes
+    )
 
 
 def test_folders_that_count_from_another_number_are_mentioned(tmp_path: Path) -> None:

@@ -214,7 +214,9 @@ def test_masks_that_fit_the_edges_of_every_image_less_are_left_out_aloud(tmp_pat
         save(tmp_path / "labels_v1" / f"{k}.png", np.roll(label, 2, axis=0))
     dataset = find_dataset(tmp_path)
     assert masks_of(dataset)["images/0.png"] == "labels_v2/0.png"
-    assert "labels_v1/*.png fits the edges of the images less than labels_v2" in dataset.notes[0]
+    assert (
+        "labels_v1/*.png fits the edges of the images less well than labels_v2" in dataset.notes[0]
+    )
 
 
 def test_a_mask_per_class_is_not_left_out_for_its_weaker_edges(tmp_path: Path) -> None:
@@ -574,7 +576,7 @@ def test_of_several_frames_for_one_mask_that_of_its_name_is_taken(tmp_path: Path
         save(tmp_path / f"seg_label/{clip}/20.png", yard(10 * clip + 20)[1])
     dataset = find_dataset(tmp_path)
     assert {pair.image.stem for pair in dataset.pairs} == {"20"}
-    assert any("which are called unlike the masks" in note for note in dataset.notes)
+    assert any("which have names unlike those of the masks" in note for note in dataset.notes)
 
 
 def test_a_thing_inside_of_another_is_asked_about(tmp_path: Path) -> None:

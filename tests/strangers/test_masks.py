@@ -198,7 +198,7 @@ def test_colours_of_a_published_data_set_name_the_classes(tmp_path: Path) -> Non
     colors = np.uint8([[0, 0, 0], [128, 64, 128], [107, 142, 35], [0, 0, 142]])
     dataset = find_dataset(write_yards(tmp_path, lambda label, _: colors[label]))
     assert dataset.classes.names == ("None", "Vehicles", "Vegetation", "Roads")
-    assert "their colours, those of CARLA 0.9" in dataset.notes[-1]
+    assert "the colours, which are those of CARLA 0.9" in dataset.notes[-1]
     assert np.array_equal(
         np.array(dataset.classes.colors)[read_label(dataset.pairs[0], dataset)],
         colors[yard(0)[1]],

@@ -78,7 +78,7 @@ def parse_class_map(text: str) -> str | dict[str, str]:
                 f"'{SAME_VALUES}' if both use the same ids for the same classes"
             )
         if mapping.setdefault(own, other) != other:
-            raise SettingsError(f"the mapping gives '{own}' to two classes; keep one")
+            raise SettingsError(f"the mapping maps '{own}' to two classes; keep one of them")
     return mapping
 
 
@@ -141,7 +141,8 @@ def unnamed_classes_error(model: ClassTable, place: str) -> DataError:
     """Return the error for ids without names, scored by a model whose classes have names."""
     return DataError(
         f"the masks of {place} store ids without names, and nothing says that they mean the "
-        f"model's classes ({_list_values(model)}); if they do, repeat with --map {SAME_VALUES} "
+        f"model's classes ({_list_values(model)}); if they do, run it again with --map "
+        f"{SAME_VALUES} "
         "(class_map in Python), or give the folder a classes.toml"
     )
 

@@ -345,7 +345,7 @@ def _check_extent(folder: Path, pattern: str) -> None:
         num_files += len(inner) + len(names)
         if num_files > MAX_GLOB_FILES:
             raise DataError(
-                f"the glob {shorten(pattern)} would look through more than {MAX_GLOB_FILES:,} "
+                f"the glob {shorten(pattern)} would search more than {MAX_GLOB_FILES:,} "
                 f"files in '{base}'; name the folder more exactly"
             )
     reached = [base]

@@ -128,7 +128,7 @@ def make_folds(dataset: Dataset, count: int) -> Folds:
         DataError: There are too few images.
     """
     if count < 2:
-        raise SettingsError(f"{count} folds are asked for, but 2 or more are possible; 5 is usual")
+        raise SettingsError(f"{count} folds are not possible; choose 2 or more (5 is usual)")
     parts = [pair for pair in dataset.pairs if pair.split not in ("test", "gap")]
     pairs = sorted(parts, key=lambda pair: natural_key(pair_name(pair, dataset.root)))
     if len(pairs) < 2:

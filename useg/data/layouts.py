@@ -457,7 +457,7 @@ def _describe_annotations(folder: Path) -> Iterator[str]:
             yield (
                 f"'{path.relative_to(folder)}' looks like annotations of these images, but the "
                 "masks were taken; to take annotations, name their files as masks in a "
-                "dataset.toml, otherwise nothing to do"
+                "dataset.toml, otherwise ignore this note"
             )
             return
 

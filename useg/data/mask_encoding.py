@@ -51,13 +51,14 @@ _MIN_MANY_OBJECTS = 8
 _MIN_PLACE_VARIANCE = 0.5
 
 _NUMBERED_OBJECTS = (
-    "the masks number their objects: nearly every value but 0 is one connected region. All objects "
-    "were joined to one class, foreground (useg.read_objects returns them one by one); objects = "
+    "the masks number their objects: nearly every value but 0 is one connected region. All "
+    "objects were joined into one class, foreground (useg.read_objects returns them one by one); "
+    "objects = "
     "false in dataset.toml makes each value a class"
 )
 _UNCLEAR_OBJECTS = (
     "nearly every value but 0 is one connected region, at another place in each mask; if the "
-    "values number objects, set objects = true in dataset.toml, otherwise nothing to do"
+    "values number objects, set objects = true in dataset.toml, otherwise ignore this note"
 )
 
 # A border takes part in this share of all changes of the code, and is at most so wide.
@@ -165,7 +166,8 @@ def find_encoding(
     if alpha is None and (alpha := hold_alpha(masks)):
         notes.append(
             "the masks have the same colour everywhere and differ in their transparency, so the "
-            "classes were taken from that; alpha = false in dataset.toml takes the colours"
+            "classes were taken from the transparency; to take the colours, set alpha = false in "
+            "dataset.toml"
         )
     judgement = _judge_objects(_stored(masks, bool(alpha))) if objects is None else ""
     if are_inferred and objects is None and not alpha:
@@ -183,9 +185,9 @@ def find_encoding(
         if border not in (None, IGNORE, COLOR_FLAG | VOC_BORDER):
             shown = f"0x{border - COLOR_FLAG:06x}" if border >= COLOR_FLAG else str(border)
             notes.append(
-                f"pixels of the value {shown} are thin lines between all areas, as a drawn border "
-                f"is; if that is no class, set ignore = [{shown}] in dataset.toml, otherwise "
-                "nothing to do"
+                f"pixels of the value {shown} form thin lines between all areas, like a drawn "
+                f"border; if they are not a class, set ignore = [{shown}] in dataset.toml, "
+                "otherwise ignore this note"
             )
     masks.close()
     headers = [header for pair in chosen if (header := _read_header(pair)) is not None]
@@ -193,7 +195,7 @@ def find_encoding(
     if scale > 1:
         notes.append(
             f"the images are {scale} times as wide and high as their masks, which are enlarged "
-            "without smoothing; nothing to do if that is how they were made"
+            "without smoothing; if they were made that way, ignore this note"
         )
     nodata = sorted({int(value) for header in headers for value in _nodata_of(header)})
     return MaskEncoding(bool(objects), bool(alpha), scale, tuple(nodata)), tuple(notes)
@@ -218,8 +220,9 @@ def _refuse_cutouts(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> None
         if np.mean(distances <= MAX_JPEG_DISTANCE) < _MIN_SHOWN_SHARE:
             return
         raise DataError(
-            f"the masks, such as '{pair.mask}', show parts of their images on black, and no "
-            "classes; save masks with a number for each class, such as 0 where they are black and "
+            f"the masks, such as '{pair.mask}', show parts of their images on black instead of "
+            "classes; save masks with a number for each class, such as 0 where they are black "
+            "and "
             "1 elsewhere"
         )
 
@@ -358,7 +361,7 @@ def _ask_about_numbers(
     return [
         "the regions of all values but 0 look alike: they have the same sizes, places and "
         "brightness, so the values may only tell neighbouring objects apart; if so, set objects = "
-        "true in dataset.toml, otherwise nothing to do"
+        "true in dataset.toml, otherwise ignore this note"
     ]
 
 

@@ -58,7 +58,7 @@ _MAX_LISTED = 8
 _MIN_MASKS_OF_NUMBERS, _MIN_NUMBERS = 4, 8
 _COLORS_MAY_NUMBER = (
     "most colours occur in one mask only, so they may number objects; if so, save masks of "
-    "classes, otherwise nothing to do"
+    "classes, otherwise ignore this note"
 )
 
 # Words for two states of a place: before and after an event.
@@ -154,7 +154,7 @@ def decide_classes(
         if counts_from_one(decision.table, named):
             note = (
                 f"'{named.file.relative_to(root)}' counts its classes from 1 and the masks count "
-                "from 0, so its names were not taken; name the classes in a classes.toml"
+                "from 0, so its names were not used; name the classes in a classes.toml"
             )
             return replace(decision, notes=(*decision.notes, note))
         table = name_classes(decision.table, named, palette)
@@ -175,7 +175,7 @@ def decide_classes(
                 f"the classes are named by '{named.file.relative_to(root)}'{how}; a classes.toml "
             )
             return _ignore_unlabelled(
-                replace(decision, table=table, notes=(*decision.notes, note + "overrules it"))
+                replace(decision, table=table, notes=(*decision.notes, note + "overrides it"))
             )
     if decision.table.by_color:
         return _name_known_colors(decision)
@@ -218,7 +218,10 @@ def _name_known_colors(decision: ClassDecision) -> ClassDecision:
     source, names = name_colors(decision.table.colors)
     if not source:
         return decision
-    note = f"the classes are named by their colours, those of {source}; a classes.toml overrules it"
+    note = (
+        f"the class names come from the colours, which are those of {source}; a classes.toml "
+        "overrides it"
+    )
     table = replace(decision.table, names=names)
     return _ignore_unlabelled(replace(decision, table=table, notes=(*decision.notes, note)))
 
@@ -240,7 +243,7 @@ def describe_unfinished(empty: Sequence[str], are_empty: str) -> str:
     """
     return (
         f"{len(empty)} of {are_empty}, such as '{empty[0]}', and count as background; if they are "
-        'not finished, set empty = "ignore" in dataset.toml, otherwise nothing to do'
+        'not finished, set empty = "ignore" in dataset.toml, otherwise ignore this note'
     )
 
 
@@ -311,7 +314,7 @@ def _decide_by_value(
         notes.append(
             f"{_join(high)} beside ids up to {max(set(ids) - set(high))} may mean that pixels have "
             f"no label; if so, set ignore = [{', '.join(map(str, high))}] in dataset.toml, "
-            "otherwise nothing to do"
+            "otherwise ignore this note"
         )
     notes += [*_describe_shifted(masks), *_describe_states(masks)]
     colors = _palette_colors(ids, masks)
@@ -439,13 +442,13 @@ def _refuse_unknown(mask: MaskContent, table: ClassTable) -> None:
         if looks_like_photograph(mask)
         else "a JPEG alters values"
         if is_lossy(mask)
-        else "smoothing, resizing or a slip of the hand adds such values"
+        else "smoothing, resizing or a drawing mistake adds such values"
     )
     raise DataError(
         f"mask '{mask.path}' has {format_count(len(unknown), 'value')} that no class has "
         f"({', '.join(shown[:4])}{more}; {format_count(pixels, 'pixel')}): {cause}. The classes "
-        f"are {_describe_classes(table)}. Run useg inspect DATA --fix OUT, which writes a mended "
-        "copy, or list the true values in classes.toml"
+        f"are {_describe_classes(table)}. Run useg inspect DATA --fix OUT, which writes a "
+        "repaired copy, or list the true values in classes.toml"
     )
 
 
@@ -495,7 +498,7 @@ def _describe_shifted(masks: Sequence[MaskContent]) -> Iterator[str]:
             yield (
                 f"the masks in '{one}' have the values {_join(sorted(found[one]))}, and those in "
                 f"'{other}' {_join(sorted(found[other]))}, so one value may mean different classes "
-                "in them; if so, save all masks with the same values, otherwise nothing to do"
+                "in them; if so, save all masks with the same values, otherwise ignore this note"
             )
             return
 
@@ -517,7 +520,8 @@ def _describe_states(masks: Sequence[MaskContent]) -> Iterator[str]:
             yield (
                 f"masks called '{states[0]}' have the values {_join(before)}, and those called "
                 f"'{states[1]}' {_join(after)}, so {shared} may mean another class in them; if so, "
-                "choose the images and masks of one kind in dataset.toml, otherwise nothing to do"
+                "choose the images and masks of one kind in dataset.toml, otherwise ignore this "
+                "note"
             )
 
 

@@ -305,7 +305,7 @@ def _describe_mask_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str,
     return (
         f"the masks are in the folders {', '.join(names[:_NUM_NAMED])}, and the images in one "
         "folder; if each folder is a class, list the folders under [masks] in dataset.toml, "
-        "otherwise nothing to do",
+        "otherwise ignore this note",
     )
 
 
@@ -321,8 +321,8 @@ def _describe_mask_words(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, .
     if not is_two_valued(next(iter(found.values()))[0]):
         return ()
     return (
-        f"the names of the masks have {', '.join(sorted(counts)[:_NUM_NAMED])}; if each is a "
-        "class, list a glob for each under [masks] in dataset.toml, otherwise nothing to do",
+        f"the names of the masks contain {', '.join(sorted(counts)[:_NUM_NAMED])}; if each is a "
+        "class, list a glob for each under [masks] in dataset.toml, otherwise ignore this note",
     )
 
 

@@ -316,7 +316,7 @@ def _prefer_images(sets: Sequence[Link], files: NamedFiles) -> Iterator[tuple[li
         # Frames of a video, of which one in each folder has a mask.
         yield (
             [link for link in sets if _have_mask_stems(link, files)],
-            "are called unlike the masks",
+            "have names unlike those of the masks",
         )
     yield [link for link in sets if _have_mask_sizes(link, files)], "have other sizes"
     photographs = [link for link in sets if files.kind_by_pixels(link.partners) == "image"]

@@ -280,7 +280,7 @@ def tell_carla(pairs: Sequence[Pair]) -> tuple[ClassTable, str]:
     version, table = ("0.9.14", CARLA_0_9_14) if is_new else ("0.9", CARLA_0_9)
     return table, (
         f"ids up to {highest} are those of CARLA {version}, so its classes were taken, such as "
-        f"1 {table.names[1]}; a classes.toml overrules it"
+        f"1 {table.names[1]}; a classes.toml overrides it"
     )
 
 
@@ -325,8 +325,8 @@ def _take_camvid(found: DetectedLayout, masks: Sequence[Path]) -> DetectedLayout
     if found.layout != "camvid" or not _hold_ids(masks[:3], CAMVID):
         return replace(found, layout="folders")
     note = (
-        "the folders are called like those of CamVid and the ids fit, so its classes were taken; a "
-        "classes.toml overrules it"
+        "the names of the folders and the ids are those of CamVid, so its classes were taken; a "
+        "classes.toml overrides it"
     )
     return replace(found, classes=CAMVID, notes=(*found.notes, note))
 
@@ -504,8 +504,8 @@ def describe_ids(values: Iterable[int]) -> str:
         if fits and len(used) >= min(_MIN_NUM_IDS, _MIN_SHARE_OF_IDS * number):
             return (
                 f"the {len(used)} ids up to {max(used)} fit those of {scheme.name}, but nothing "
-                f"says what they mean, so they have no names; {scheme.advice}, otherwise nothing "
-                "to do"
+                f"says what they mean, so they have no names; {scheme.advice}, otherwise ignore "
+                "this note"
             )
     return ""
 

@@ -120,8 +120,8 @@ def describe_scribbles(pairs: Sequence[Pair], encoding: MaskEncoding, folder: Pa
     if len(found.strokes) < 2:
         return (
             f"{begin}; if pixels of {shown} are not labelled, scribble on the background too, with "
-            f"another value, and write ignore = [{shown}] into dataset.toml, otherwise nothing to "
-            "do"
+            f"another value, and write ignore = [{shown}] into dataset.toml, otherwise ignore "
+            "this note"
         )
     named = (each for named in find_class_names(folder) for each in named.classes)
     color = channels_of(stored) if found.unlabelled >= COLOR_FLAG else ()

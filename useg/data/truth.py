@@ -348,7 +348,7 @@ def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
     usual = [look for look in left if len(look.candidate.masks) >= MIN_COVERAGE * most]
     for look in left if len(left) > 1 else ():
         if look not in usual and not any(_may_be_classes(look, other) for other in usual):
-            look.reason = f"is there for {format_count(len(look.candidate.masks), 'image')} only"
+            look.reason = f"exists for only {format_count(len(look.candidate.masks), 'image')}"
     for one, other in itertools.permutations(_left(looks), 2):
         if not one.reason and not other.reason:
             one.reason = _explain(one, other)
@@ -387,7 +387,7 @@ def _prefer_by_name(left: Sequence[_Look]) -> None:
         if are_classes.count(True) == 1:
             for look, is_class in zip(left, are_classes, strict=True):
                 name = left[are_classes.index(True)].candidate.name
-                look.reason = "" if is_class else f"is not called classes, as {name} is"
+                look.reason = "" if is_class else f"is not called classes, unlike {name}"
             return
 
 
@@ -412,7 +412,7 @@ def _prefer_by_edges(left: Sequence[_Look], images: Sequence[Path]) -> None:
     for look, fits, median in zip(left, ratios, medians, strict=True):
         if look is not left[best] and (fits * _MIN_EDGE_GAIN < ratios[best]).all():
             look.reason = (
-                f"fits the edges of the images less than {left[best].candidate.name} "
+                f"fits the edges of the images less well than {left[best].candidate.name} "
                 f"({median:.2f} against {medians[best]:.2f})"
             )
 

@@ -244,8 +244,7 @@ def check_exchanged_masks(data: MeasuredDataset) -> Iterator[Finding]:
             (),
             "the masks match the edges in their own images no better than the edges in other "
             "images",
-            "look at some images with their masks: file names may pair what does not belong "
-            "together",
+            "view some images with their masks: names may pair files that do not belong together",
         )
         return
     suspect, image = suspects[next(iter(found))], next(iter(found.values()))
@@ -256,7 +255,7 @@ def check_exchanged_masks(data: MeasuredDataset) -> Iterator[Finding]:
         "the masks do not fit their images, and at least "
         f"{format_count(len(found), 'mask')} of {len(suspects)} fit another image: "
         f"'{data.name(suspect.measurement.pair.mask)}' fits '{data.pair_name(image)}'",
-        "give each image its own mask: file names pair what does not belong together",
+        "give each image its own mask: names pair files that do not belong together",
     )
 
 

@@ -82,7 +82,7 @@ def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
             "rare class",
             "warning",
             (),
-            f"rare (below {100 * MAX_RARE_SHARE:.1f} % of the pixels): {join_names(rare)}",
+            f"rare classes (below {100 * MAX_RARE_SHARE:.1f} % of the pixels): {join_names(rare)}",
             "expect low scores for them; add images that show them, and read the scores per class",
         )
     yield from _missing_classes(data)
@@ -103,7 +103,7 @@ def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
             "warning",
             (),
             f"the split val has no pixel of {join_names(missing)}",
-            "their scores cannot be measured; hold out other images with a split.csv",
+            "useg cannot measure their scores; hold out other images with a split.csv",
         )
     if missing := [names[k] for k in np.flatnonzero((val > 0) & (train == 0))]:
         yield Finding(
@@ -111,7 +111,7 @@ def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
             "warning",
             (),
             f"the split train has no pixel of {join_names(missing)}",
-            "they cannot be learned; move images that show them to train with a split.csv",
+            "the model cannot learn them; move images that show them to train with a split.csv",
         )
 
 
@@ -174,7 +174,7 @@ def check_constant_region(data: MeasuredDataset) -> Iterator[Finding]:
                 f"nearly every image ({describe_region(region)}, {100 * size:.0f} % of the image), "
                 "such as a camera car's hood, a frame or a stamp",
                 f"the score of {name} says little about other {name}: exclude the region with "
-                "useg evaluate --ignore-mask, or give it an ignored value",
+                "useg evaluate --ignore-mask, or store an ignored value there",
                 evidence={"region": region, "class": k},
             )
 

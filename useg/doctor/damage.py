@@ -136,7 +136,7 @@ def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
             message = f"'{name}' is empty (0 bytes): a copy or download failed"
             remedy = "copy it again, or remove it"
         elif file_format == "Git LFS pointer":
-            message = f"'{name}' is a Git LFS pointer, and not the file itself"
+            message = f"'{name}' is a Git LFS pointer instead of the file itself"
             remedy = "run git lfs pull where you cloned the data"
         elif file_format in ("text", "web page"):
             noun = "text file" if file_format == "text" else file_format
@@ -286,7 +286,7 @@ def _mixed_bands(data: MeasuredDataset, groups: dict[int, list[Measurement]]) ->
         f"the images have {join_names(counts)} bands, such as '{data.name(files[0])}'",
         "check that this is intended; useg repeats the band of grey images three times"
         if is_grey
-        else "give images with the same number of bands",
+        else "save all images with the same number of bands",
         () if is_grey else _leave_out_unusual(groups, "bands"),
     )
 
@@ -353,7 +353,7 @@ def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
             "warning",
             files,
             f"'{data.name(files[0])}' is far {tone} than all others and has little contrast{more}",
-            "check that it shows what its mask says",
+            "check that it is the image that its mask labels",
         )
 
 

@@ -171,7 +171,7 @@ def _describe(repair: Repair, *, is_kept: bool) -> str:
     """Describe the repair; for a pair that is kept unchanged, the possible repair."""
     if repair.leave_out and repair.pair and is_kept:
         reason = repair.description.removeprefix("left out: ")
-        return f"kept, but look at it: {reason} (the option drop-doubtful leaves it out)"
+        return f"kept, but check it: {reason} (the option drop-doubtful leaves it out)"
     return repair.description
 
 
@@ -339,7 +339,8 @@ def write_description(survey: Survey) -> tuple[Path, ...]:
 def _check_equal(again: Dataset, dataset: Dataset) -> None:
     if (again.pairs, again.classes) != (dataset.pairs, dataset.classes):
         raise DataError(
-            f"useg inspect --init cannot describe '{dataset.root}'; write a dataset.toml by hand"
+            f"useg inspect --init cannot describe '{dataset.root}' in a dataset.toml; write one "
+            "by hand"
         )
 
 

@@ -270,7 +270,7 @@ def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
     if not data.classes_derived or not has_made_up_names(table):
         return
     values = join_names(table.values)
-    remedy = "nothing to do; a classes.toml gives the classes names"
+    remedy = "nothing to do; to name the classes, write a classes.toml"
     if table.by_color:
         colors = join_names([f"({r}, {g}, {b})" for r, g, b in table.colors[:6]])
         more = f" and {len(table) - 6} more" if len(table) > 6 else ""
@@ -307,7 +307,8 @@ def _skipped_ids(table: ClassTable) -> Iterator[Finding]:
             "note",
             (),
             f"the masks contain the ids {join_names(table.values)}; {shown} never occur",
-            "list the classes in classes.toml if they exist elsewhere; otherwise nothing to do",
+            "if these classes exist elsewhere, list them in classes.toml; otherwise ignore this "
+            "note",
         )
 
 

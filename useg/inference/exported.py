@@ -390,7 +390,7 @@ def read_openvino(path: Path) -> tuple[Any, str]:
     weights_path = path.with_suffix(".bin")
     if not weights_path.is_file():
         raise ModelError(
-            f"{weights_path} is missing, which holds the weights of {path}; copy both files"
+            f"{weights_path} holds the weights of {path}, but it is missing; copy both files"
         )
     try:
         content = read_limited(path, MAX_XML_BYTES)

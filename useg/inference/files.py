@@ -447,7 +447,9 @@ class Job:
         """
         names = [output.name for output, _ in list_outputs(self.out, path.stem, self.wanted)]
         if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in names):
-            return Failure(path, f"'{path}': its outputs would have too long names; shorten it")
+            return Failure(
+                path, f"'{path}': the names of its outputs would be too long; shorten its name"
+            )
         try:
             with clear_errors(str(path)):
                 mark = image_mark(self.fingerprint, path)

@@ -152,7 +152,7 @@ def _check_onnx_tensor(onnx: Any, tensor: Any, source: object) -> None:
         values = onnx.numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise unusable(
-            source, f"its weights {shorten(tensor.name)} have other sizes than their numbers"
+            source, f"its weights {shorten(tensor.name)} do not have their declared size"
         ) from error
     _check_finite(values, tensor.name, source)
 
@@ -262,7 +262,7 @@ def _check_openvino_layer(layer: Any, weights: bytes, source: object) -> None:
     offset, size = int(values["offset"]), int(values["size"])
     width = OPENVINO_NUMBER_BYTES[values["element_type"]]
     if min([offset, *shape]) < 0 or size != width * math.prod(shape):
-        raise unusable(source, "its weights have other sizes than their numbers")
+        raise unusable(source, "its weights do not have their declared size")
     if offset + size > len(weights):
         raise unusable(source, "its weights are not in its .bin")
 

@@ -282,8 +282,8 @@ def _checked(
             finite = np.isfinite(logits.sum())
         if not finite:
             raise DataError(
-                f"{source} computes numbers that are not finite; the image has extreme values, or "
-                "the model has: check both"
+                f"{source} computes NaN or infinite values; the image or the model contains "
+                "extreme values: check both"
             )
         return logits
 
@@ -395,7 +395,7 @@ def gpu_function(model: Segmenter) -> LogitsFunction:
     if device == CPU:
         problem = "PyTorch finds no GPU here"
         if find_accelerator():
-            problem = "the runtime gpu is asked for, but the device is the CPU"
+            problem = "the runtime is gpu, but the device is the CPU"
         raise MachineError(
             f"{problem}; choose the runtime auto, or install a build of torch for your GPU"
         )

@@ -203,7 +203,7 @@ def label_video(
     if not 0 <= smooth < 1:
         raise SettingsError(
             f"smooth, the share of the previous frames to blend in, is {smooth}, "
-            f"but it is 0 or more and less than 1; 0.5 is a good start"
+            f"but it must be at least 0 and less than 1; 0.5 is a good start"
         )
     if not (overlays or masks):
         raise SettingsError("neither overlays nor masks are requested; request one of them")

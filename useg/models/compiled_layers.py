@@ -422,4 +422,4 @@ class _Loss(torch.autograd.Function):
 def check_status(status: int) -> None:
     """Raise a MemoryError if a compiled function has failed."""
     if status:
-        raise MemoryError("a compiled layer got no memory")
+        raise MemoryError("a compiled layer could not allocate memory")

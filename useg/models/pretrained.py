@@ -247,7 +247,7 @@ def _check_archive(file: BinaryIO, num_bytes: int) -> None:
             raise ValueError("its parts are larger than the file")
         pickles = [part for part in parts if part.filename.endswith(".pkl")]
         if [part.filename.rpartition("/")[2] for part in pickles] != ["data.pkl"]:
-            raise ValueError("it has not exactly one data.pkl")
+            raise ValueError("it does not have exactly one data.pkl")
         if pickles[0].file_size > MAX_PICKLE_BYTES:
             raise ValueError(f"its data.pkl has {pickles[0].file_size:,} bytes")
         _check_pickle(io.BytesIO(archive.read(pickles[0])))

@@ -427,7 +427,7 @@ def read_object_rows(path: Path) -> Iterator[dict[str, str]]:
                 raise ValueError("it has other columns")
             for row in rows:
                 if row.keys() != set(OBJECTS_HEADER) or None in row.values():
-                    raise ValueError("a row has another number of cells")
+                    raise ValueError("a row has a different number of cells")
                 for name in OBJECTS_HEADER:
                     if name in _TEXTS:
                         row[name] = to_cell(from_cell(row[name]))

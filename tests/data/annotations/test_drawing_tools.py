@@ -53,7 +53,8 @@ def test_a_labelme_file_that_names_another_image_than_its_own_is_refused(tmp_pat
         write_photo(tmp_path / f"{name}.png")
     write_file(tmp_path / "a.json", labelme({"points": CORNERS}, image="b.png"))
     with pytest.raises(
-        DataError, match=r"annotates 'b\.png', but the image with its name is 'a\.png'"
+        DataError,
+        match=r"annotates 'b\.png', but the image beside it with the same name is 'a\.png'",
     ):
         find_dataset(tmp_path)
 

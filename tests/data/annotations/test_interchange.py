@@ -311,7 +311,7 @@ def test_yolo_classes_without_names_are_numbered(tmp_path):
     [
         (
             "0 0.5 0.5 0.2 0.2",
-            "a.txt' line 1 has five numbers, which are a box and not an outline; export the "
+            "a.txt' line 1 has five numbers, so it is a box instead of an outline; export the "
             "labels for segmentation",
         ),
         (

@@ -240,7 +240,7 @@ def test_the_files_of_one_format_are_read_and_those_of_others_named(tmp_path):
     write_file(tmp_path / "x.json", coco({"category_id": 3, "segmentation": [BOX]}))
     dataset = find_dataset(tmp_path)
     assert dataset.layout == "coco"
-    assert "1 image in files of the format labelme" in reasons(dataset)[0]
+    assert "1 image in labelme files" in reasons(dataset)[0]
 
 
 def test_panoptic_files_are_read_or_skipped(tmp_path):

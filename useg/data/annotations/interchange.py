@@ -325,7 +325,7 @@ def _read_outlines(image: Path, path: Path, reading: Reading) -> list[tuple[int,
         words = line.split()
         if len(words) == 5:
             raise DataError(
-                f"'{path}' line {number} has five numbers, which are a box and not an outline; "
+                f"'{path}' line {number} has five numbers, so it is a box instead of an outline; "
                 "export the labels for segmentation"
             )
         with reading.skipping(path, "YOLO", image.as_posix()):

@@ -109,7 +109,7 @@ _OTHER_JSON: tuple[tuple[str, Test, str], ...] = (
     ("GeoJSON", _has("type", "features"), "rasterise it to a mask for each image, for example "
      "with gdal_rasterize, or in QuPath by exporting labelled images"),
     ("COCO's results", _lists("image_id", "category_id"), "add images and categories: useg needs "
-     "the file of the annotations, not of a model's answers"),
+     "the annotation file, not a model's predictions"),
     ("Encord", _lists("label_hash"), "export COCO in Encord"),
     ("Labelbox", _lists("data_row"), "export masks in Labelbox, or convert it to COCO"),
     ("Labelbox", _has("data_row"), "export masks in Labelbox, or convert it to COCO"),
@@ -201,8 +201,9 @@ def _refuse_crossed(
         own = beside.get(entry.file.with_suffix(""))
         if image and own and image.with_suffix("") != own.with_suffix(""):
             raise DataError(
-                f"'{entry.file}' says that it annotates '{entry.image}', but the image with its "
-                f"name is '{own.name}'; correct its imagePath, or rename it like its image"
+                f"'{entry.file}' says that it annotates '{entry.image}', but the image beside it "
+                f"with the same name is '{own.name}'; correct the imagePath in it, or rename one "
+                "of them"
             )
 
 
@@ -230,9 +231,9 @@ def _skip_other(layout: str, parts: Sequence[Annotations], reading: Reading) -> 
     entries = [entry for part in parts for entry in part.entries]
     reading.skip(
         entries[0].file,
-        f"{format_count(len(entries), 'image')} in files of the format {parts[0].layout}, such as "
-        f"'{entries[0].file}', are not read, since other files have the format {layout}; "
-        "to read the former, remove the latter or name the files in dataset.toml",
+        f"{format_count(len(entries), 'image')} in {parts[0].layout} files, such as "
+        f"'{entries[0].file}', are not read, because other files have the format {layout}; to "
+        f"read the {parts[0].layout} files, remove the others, or name the files in dataset.toml",
     )
 
 

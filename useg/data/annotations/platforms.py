@@ -117,8 +117,9 @@ def read_label_studio(path: Path, content: Any, reading: Reading) -> Annotations
     if num_many:
         reading.skip(
             path,
-            f"'{path}' has {format_count(num_many, 'task')} with several annotations, of which the "
-            "one marked as ground truth or else the newest is read; keep one of each",
+            f"'{path}' has {format_count(num_many, 'task')} with several annotations, of which "
+            "useg reads the one marked as ground truth, or else the newest; keep one for each "
+            "image",
         )
     return Annotations("label studio", tuple(entries))
 
@@ -338,7 +339,7 @@ def decode_brush_rle(content: bytes, num_values: int) -> NDArray[np.uint8]:
 
     def number(place: int, size: int) -> int:
         if place + size > len(text):
-            raise ValueError("run lengths of a brush end too early")
+            raise ValueError("the run lengths of a brush end too early")
         return int(text[place : place + size], 2)
 
     if number(0, 32) != num_values:
@@ -358,7 +359,7 @@ def decode_brush_rle(content: bytes, num_values: int) -> NDArray[np.uint8]:
         else:
             stored = bits[place : place + count * _WORD_BITS]
             if len(stored) < count * _WORD_BITS:
-                raise ValueError("run lengths of a brush end too early")
+                raise ValueError("the run lengths of a brush end too early")
             values[done : done + count] = np.packbits(stored)
             place += count * _WORD_BITS
         done += count

@@ -337,8 +337,8 @@ def _find_order(
             how = "columns" if columns > rows else "rows"
             return bool(columns > rows), f"the run lengths in {file} follow the {how} of the images"
     return True, (
-        f"the run lengths in {file} are taken to follow the columns of the images, as is usual, "
-        "although the images do not show it; look at some masks on the page of useg inspect --html"
+        f"the run lengths in {file} are read down the columns of the images, as is usual, but the "
+        "images do not confirm it; check some masks on the page of useg inspect --html"
     )
 
 
