@@ -380,10 +380,10 @@ def _mixed_scales(
         "mixed scales",
         "error",
         files,
-        f"the values of {format_count(len(parts[0]), 'image')}, such as "
-        f"'{data.name(pairs[parts[0][0]].image)}', are at most {low:,.5g}, and those of "
-        f"{len(parts[1])} others are at least {high:,.0f} at their brightest place",
-        "save all images with one scale: these seem to be scaled to another range",
+        f"{format_count(len(parts[0]), 'image')}, such as '{data.name(pairs[parts[0][0]].image)}', "
+        f"have values up to about {low:,.2g}, but {len(parts[1])} others reach {high:,.0f} or more, "
+        "so they seem to use two scales",
+        "save all images with the same range of values, such as 0 to 255",
     )
 
 
