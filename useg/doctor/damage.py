@@ -376,12 +376,13 @@ def _mixed_scales(
         return
     parts = order[: place + 1], order[place + 1 :]
     files = tuple(pairs[k].image for k in min(parts, key=len))
+    name = data.name(pairs[parts[0][0]].image)
     yield Finding(
         "mixed scales",
         "error",
         files,
-        f"{format_count(len(parts[0]), 'image')}, such as '{data.name(pairs[parts[0][0]].image)}', "
-        f"have values up to about {low:,.2g}, but {len(parts[1])} others reach {high:,.0f} or more, "
+        f"{format_count(len(parts[0]), 'image')}, such as '{name}', have values up to about "
+        f"{low:,.{2 * (low <= 1)}f}, but {len(parts[1])} others reach {high:,.0f} or more, "
         "so they seem to use two scales",
         "save all images with the same range of values, such as 0 to 255",
     )
