@@ -65,7 +65,6 @@ from useg.models.pretrained import load_pretrained
 from useg.models.segmenter import Network, build_network
 from useg.objects.separation import ObjectStatistics
 from useg.scoring.losses import make_loss
-from useg.scoring.metrics import mean_present
 from useg.training.plan_rules import (
     MIN_POSITION_INFORMATION,
     MIN_VERTICAL_INFORMATION,
@@ -330,10 +329,6 @@ class _Planner:
         """Pixels of a crop: ``FRAME_PIXELS``, doubled as often as the time allows."""
         return FRAME_PIXELS << int(math.log2(max(1.0, self.affordable_pixels / FRAME_PIXELS)))
 
-    def label_iou(self, size: tuple[int, int], frame: tuple[int, int]) -> float:
-        """The mean IoU that labels keep with themselves when they are reduced to ``size``."""
-        return float(mean_present(self.label_statistics.iou_after_reduction(size[0] / frame[0])))
-
     def choose_network(self) -> None:
         encoder, reason = choose_encoder(self.settings.model, self.channels)
         self.decide("model.encoder", encoder, reason)
@@ -401,7 +396,8 @@ class _Planner:
         size = _reduce(frame, pixels, self.network.stride)
         limit = "as the time allows" if self.is_timed else "by default"
         reason = f"{whole} reduced to about {pixels:,} pixels, {limit}"
-        while size != frame and (kept := self.label_iou(size, frame)) < MIN_LABEL_IOU:
+        kept_at = self.label_statistics.iou_after_reduction
+        while size != frame and (kept := kept_at(size[0] / frame[0])) < MIN_LABEL_IOU:
             reason = (
                 f"{whole} not cut; at the next smaller size fine labels would keep an IoU of only "
                 f"{100 * kept:.0f} % with the original labels"

@@ -21,7 +21,7 @@ from useg.data.dataset import Dataset, pick_evenly, read_label, read_pair_image
 from useg.images.files import resize_label
 from useg.models import encoders
 from useg.models.pretrained import PACKAGED
-from useg.scoring.metrics import class_ious, confusion, tally
+from useg.scoring.metrics import class_ious, confusion, mean_present, tally
 
 # Training masks, or images, that are read to plan, evenly spread over the data set.
 NUM_MASKS_READ = 16
@@ -84,11 +84,12 @@ class LabelStatistics:
         shares: NDArray[np.float64] = counts / max(1, counts.sum())
         return shares
 
-    def iou_after_reduction(self, factor: float) -> NDArray[np.float64]:
-        """Return each class's IoU ``(K,)`` between the labels and their reduced and enlarged form.
+    def iou_after_reduction(self, factor: float) -> float:
+        """Return the mean IoU between the labels and their reduced and enlarged form.
 
-        A model that works at that size cannot be expected to do better. A class that is absent has
-        NaN.
+        A model that works at that size cannot be expected to do much better. The most common class
+        does not count: as a background, it would hide what thin structures lose. NaN if there is no
+        other class.
 
         Args:
             factor: Size of the reduced labels, below 1.
@@ -104,7 +105,7 @@ class LabelStatistics:
                 np.where(unknown, IGNORE, label).astype(np.uint8),
                 len(self.names),
             )
-        return class_ious(tally(counts))
+        return float(mean_present(np.delete(class_ious(tally(counts)), self.shares().argmax())))
 
     @cached_property
     def grids(self) -> NDArray[np.float64]:
