@@ -496,6 +496,9 @@ def test_a_service_without_a_token_has_the_names_that_it_was_given(
         ("/predict", OWN | {"origin": "http://localhost:3000"}, 403),
         ("/predict", {"origin": "http://evil.example"}, 403),
         ("/predict", {"origin": "null"}, 403),
+        # Sent twice: each of them counts.
+        ("/predict", {"sec-fetch-site": "none", "Sec-Fetch-Site": "cross-site"}, 403),
+        ("/predict", {"origin": "https://known.example", "Origin": "http://evil.example"}, 403),
         ("/predict", {"origin": "http://[evil"}, 403),
         ("/model", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
         # A link on another page.

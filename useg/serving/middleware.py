@@ -214,18 +214,16 @@ class Access:
 
     def _is_same_site(self, headers: Headers, host: str, method: str) -> bool:
         """Tell whether a request comes from the service's page, or from no page at all."""
-        site = headers.get("sec-fetch-site")
-        if site is not None:
+        if sites := headers.getlist("sec-fetch-site"):
             is_link = headers.get("sec-fetch-mode") == "navigate" and method == "GET"
-            return site in ("same-origin", "none") or is_link
-        origin = headers.get("origin")
-        if origin is None:
-            return True
+            return set(sites) <= {"same-origin", "none"} or is_link
         try:
-            source = urlsplit(origin.lower())
+            sources = [urlsplit(origin.lower()) for origin in headers.getlist("origin")]
+            return all(
+                source.netloc == host.lower() or source.hostname in self.hosts for source in sources
+            )
         except ValueError:
             return False
-        return source.netloc == host.lower() or source.hostname in self.hosts
 
     def _is_authorized(self, headers: Headers, scope: Scope) -> bool:
         if not self.token:
