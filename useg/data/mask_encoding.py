@@ -166,8 +166,7 @@ def find_encoding(
     if alpha is None and (alpha := hold_alpha(masks)):
         notes.append(
             "the masks have the same colour everywhere and differ in their transparency, so the "
-            "classes were taken from the transparency; to take the colours, set alpha = false in "
-            "dataset.toml"
+            "classes were taken from it; to take the colours, set alpha = false in dataset.toml"
         )
     judgement = _judge_objects(_stored(masks, bool(alpha))) if objects is None else ""
     if are_inferred and objects is None and not alpha:
@@ -221,8 +220,7 @@ def _refuse_cutouts(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> None
             return
         raise DataError(
             f"the masks, such as '{pair.mask}', show parts of their images on black instead of "
-            "classes; save masks with a number for each class, such as 0 where they are black "
-            "and "
+            "classes; save masks with a number for each class, such as 0 where they are black and "
             "1 elsewhere"
         )
 
@@ -280,17 +278,20 @@ def hold_alpha(masks: Iterable[DecodedMask]) -> bool:
     if len(levels) < 2:
         return levels == {0}
     colors = {int(code) for codes, _ in masks for code in np.unique(codes)}
-    if len(colors) == 1:
-        return True
+    if len(colors) > max(4 * len(levels), 256):
+        return not _show_few_colors(masks)
+    return len(colors) == 1
+
+
+def _show_few_colors(masks: Iterable[DecodedMask]) -> bool:
+    """Whether the visible colours are few, so that they are classes, whatever lies below."""
     visible = {
         int(code)
         for codes, alpha in masks
         if alpha is not None
         for code in np.unique(codes[alpha > 0])
     }
-    # A few colours are classes, whatever programs leave where nothing is visible.
-    is_photograph = len(colors) > max(4 * len(levels), 256)
-    return is_photograph and not 1 < len(visible) <= _MAX_VISIBLE_COLORS
+    return 1 < len(visible) <= _MAX_VISIBLE_COLORS
 
 
 def find_border(masks: Iterable[CodeMap]) -> int | None:

@@ -447,9 +447,7 @@ class Job:
         """
         names = [output.name for output, _ in list_outputs(self.out, path.stem, self.wanted)]
         if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in names):
-            return Failure(
-                path, f"'{path}': the names of its outputs would be too long; shorten its name"
-            )
+            return Failure(path, f"'{path}': names of its outputs are too long; shorten its name")
         try:
             with clear_errors(str(path)):
                 mark = image_mark(self.fingerprint, path)
