@@ -27,9 +27,9 @@ SOURCE = Path(resampling.__file__).with_name("resampling.c")
 @pytest.fixture
 def no_cache() -> Iterator[None]:
     """Let this test and those after it decide anew whether there is a kernel."""
-    resampling._load_kernel.cache_clear()
+    resampling._kernels.clear()
     yield
-    resampling._load_kernel.cache_clear()
+    resampling._kernels.clear()
 
 
 def nearly_equal(classes: int, height: int, width: int, seed: int = 0) -> NDArray[np.float32]:
@@ -60,7 +60,7 @@ def unused(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.u
 def test_labels_are_those_of_pytorch_to_the_last_bit(
     classes: int, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    kernel = resampling._load_kernel(_label_resized)
+    kernel = resampling._find_kernel(_label_resized)
     if kernel is None and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("PyTorch rounds in another way here")
     assert kernel
@@ -101,11 +101,19 @@ def test_pytorch_labels_without_a_compiler(monkeypatch: pytest.MonkeyPatch, no_c
     assert (label_compiled(logits, 12, 16, _label_resized) == _label_resized(logits, 12, 16)).all()
 
 
+def test_no_thread_waits_while_another_one_compiles(no_cache: None) -> None:
+    logits = nearly_equal(3, 6, 8)
+    with resampling._compile_lock:
+        labels = label_compiled(logits, 12, 16, _label_resized)
+    assert (labels == _label_resized(logits, 12, 16)).all()
+    assert not resampling._kernels
+
+
 @pytest.mark.parametrize("after", [(6, 8), (90, 7)])
 def test_pytorch_labels_what_keeps_its_size_and_what_is_narrow(after: tuple[int, int]) -> None:
     logits = nearly_equal(3, 6, 8)
     assert (label_compiled(logits, *after, _label_resized) == _label_resized(logits, *after)).all()
-    if resampling._load_kernel(_label_resized):
+    if resampling._find_kernel(_label_resized):
         with pytest.raises(AssertionError, match="not needed"):
             label_compiled(logits, *after, unused)
 

@@ -15,7 +15,6 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,12 @@ MIN_COMPILED_WIDTH_PIXELS = 8
 # Sizes of the probe of that function, before and after.
 PROBE_SIZES = ((40, 50), (90, 131))
 
-_compile_lock = threading.Lock()
-
 # Logits ``(K, h, w)``, height and width -> class ids ``(height, width)``.
 LabelFunction = Callable[[NDArray[np.float32], int, int], NDArray[np.uint8]]
+
+# The kernel, by the function that it replaces; None where it cannot be used.
+_kernels: dict[LabelFunction, ctypes.CDLL | None] = {}
+_compile_lock = threading.Lock()
 
 # A rectangle of an image: rows and columns.
 Rectangle = tuple[slice, slice]
@@ -234,18 +235,24 @@ def label_compiled(
     Returns:
         Class ids ``(height, width)``.
     """
-    with _compile_lock:
-        kernel = _load_kernel(reference)
+    kernel = _find_kernel(reference)
     if kernel is None or logits.shape[1:] == (height, width) or width < MIN_COMPILED_WIDTH_PIXELS:
         return reference(logits, height, width)
     return _label(kernel, logits, height, width)
 
 
-@cache
-def _load_kernel(reference: LabelFunction) -> ctypes.CDLL | None:
-    """Compile and load the kernel; None where it cannot be used."""
-    kernel = compile_sources([Path(__file__).with_name("resampling.c")], LABEL_SIGNATURES)
-    return kernel if kernel and _agrees(kernel, reference) else None
+def _find_kernel(reference: LabelFunction) -> ctypes.CDLL | None:
+    """Return the kernel; None where it cannot be used, and while another thread compiles it.
+
+    No thread waits for another one: in a busy service, that one may have a low priority.
+    """
+    if reference not in _kernels and _compile_lock.acquire(blocking=False):
+        try:
+            kernel = compile_sources([Path(__file__).with_name("resampling.c")], LABEL_SIGNATURES)
+            _kernels[reference] = kernel if kernel and _agrees(kernel, reference) else None
+        finally:
+            _compile_lock.release()
+    return _kernels.get(reference)
 
 
 def _agrees(kernel: ctypes.CDLL, reference: LabelFunction) -> bool:
