@@ -53,8 +53,7 @@ _MIN_PLACE_VARIANCE = 0.5
 _NUMBERED_OBJECTS = (
     "the masks number their objects: nearly every value but 0 is one connected region. All "
     "objects were joined into one class, foreground (useg.read_objects returns them one by one); "
-    "objects = "
-    "false in dataset.toml makes each value a class"
+    "objects = false in dataset.toml makes each value a class"
 )
 _UNCLEAR_OBJECTS = (
     "nearly every value but 0 is one connected region, at another place in each mask; if the "
