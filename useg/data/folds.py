@@ -86,30 +86,38 @@ def find_groups(dataset: Dataset, pairs: Sequence[Pair]) -> list[str] | None:
     return groups if has_ids and len(set(groups)) >= _MIN_RECORDINGS else None
 
 
+def find_groups_by_split(dataset: Dataset, held_out: str) -> tuple[set[str], set[str]] | None:
+    """Return the groups of the training images and of those held out; None if names show none."""
+    pairs = [pair for pair in dataset.pairs if pair.split in ("train", held_out)]
+    groups = find_groups(dataset, pairs)
+    if groups is None:
+        return None
+    sides: dict[str, set[str]] = {"train": set(), held_out: set()}
+    for pair, group in zip(pairs, groups, strict=True):
+        sides[pair.split].add(group)
+    return sides["train"], sides[held_out]
+
+
 def describe_score(dataset: Dataset) -> str:
     """Describe to which images a score on the held-out images applies, and to which it does not.
 
     Empty if neither names nor numbers show that images belong together.
     """
-    pairs = [pair for pair in dataset.pairs if pair.split in ("train", "val")]
-    groups = find_groups(dataset, pairs)
-    if groups is None:
-        if not are_numbered(pairs):
+    sides = find_groups_by_split(dataset, "val")
+    if sides is None:
+        if not are_numbered([pair for pair in dataset.pairs if pair.split in ("train", "val")]):
             return ""
         return (
             "the held-out images come from the same recording as the training images: the score "
             "applies to images like these, and scores on other recordings are not known"
         )
-    sides = {
-        split: {group for pair, group in zip(pairs, groups, strict=True) if pair.split == split}
-        for split in ("train", "val")
-    }
-    if not sides["train"] & sides["val"]:
-        group = min(sides["val"])
+    train, held_out = sides
+    if not train & held_out:
+        group = min(held_out)
         return f"whole groups are held out (such as {group}): the score applies to new groups"
     return (
-        f"the held-out images come from the same {len(sides['train'] | sides['val'])} groups (such "
-        f"as {min(sides['val'])}) as the training images: the score applies to images like these; "
+        f"the held-out images come from the same {len(train | held_out)} groups (such "
+        f"as {min(held_out)}) as the training images: the score applies to images like these; "
         "expect less on a new group, and measure how much with five folds (--folds 5, or "
         "train_folds in Python)"
     )

@@ -20,7 +20,7 @@ import numpy as np
 
 from useg.classes import most_probable
 from useg.data.dataset import Dataset, Pair, pair_name, pick_evenly, read_sample
-from useg.data.folds import find_groups
+from useg.data.folds import find_groups_by_split
 from useg.data.splits import are_numbered, find_sequences
 from useg.doctor.edges import (
     MAX_SHIFT_PIXELS,
@@ -378,10 +378,9 @@ def _selection_caveats(
 
 def _shares_recordings(dataset: Dataset, split: str) -> bool:
     """Whether names show images of one group, video or stack in both splits."""
-    pairs = [pair for pair in dataset.pairs if pair.split in ("train", split)]
-    if groups := find_groups(dataset, pairs):
-        found = {(pair.split, group) for pair, group in zip(pairs, groups, strict=True)}
-        return len(found) > len(set(groups))
+    if sides := find_groups_by_split(dataset, split):
+        train, held_out = sides
+        return not train.isdisjoint(held_out)
     if not are_numbered(dataset.pairs):
         return False
     return any(
