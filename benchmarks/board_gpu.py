@@ -8,9 +8,9 @@ from typing import Any
 from board_format import Results, cite, format_table, judge, names_with, percent, three_digits
 
 GPU = """\
-Images per second in bf16, images in memory, on one NVIDIA GPU. The checks compare logits, loss and
-gradients with the CPU, a repeated and a resumed run with the first to the bit, and tiles with one
-pass."""
+Images per second in bf16, with decoded images, on one NVIDIA GPU. The checks compare logits, loss
+and gradients with those of the CPU, the bits of a repeated and of a resumed run with those of the
+first run, and tiles with a single pass."""
 START_VARIANTS = {
     "start-cudnn": "by cuDNN",
     "start-parallel": "by cuDNN, after many threads",

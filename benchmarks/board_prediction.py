@@ -14,28 +14,29 @@ from board_format import (
 )
 
 RUNTIMES = """\
-The network alone, a course's U-Net of width 32: images/s in batches, and milliseconds for one image
-at a time."""
+The network alone, without decoding and writing: a course's U-Net of width 32. The columns have
+images/s in batches, and milliseconds for a single image."""
 EXPORTS = """\
-A trained model and its exports, on held-out images: mean IoU, the share of pixels with the label of
-PyTorch in fp32, and images/s of the network alone. `benchmark_app` is OpenVINO's own benchmark of
-the same file, in the same precision and tuned for throughput."""
+A trained model and its exports are compared on held-out images. *Equal labels* is the share of
+pixels that have the same label as with PyTorch in fp32. Images/s is of the network alone.
+`benchmark_app` is OpenVINO's own benchmark of the same file, in the same precision and tuned for
+throughput."""
 PREDICTING = """\
-`useg predict` from image files to label map files, with the runtime that it chooses. The *bound* is
-the speed if nothing waited and only the parts of the work took time. The *usual loop* decodes with
-Pillow, computes with PyTorch in fp32 and saves a PNG, one image after the other. The seconds for
-one image are those of the whole command, from a cold start of Python to the written files."""
+`useg predict` reads image files and writes label map files, with the runtime that it chooses. The
+*bound* is the speed of the work without any waiting. The *usual loop* decodes with Pillow, computes
+with PyTorch in fp32 and saves a PNG, one image after the other. The seconds for one image are those
+of the whole command, from the start of Python to the written files."""
 SCANS = "`useg predict` on a synthetic scan, into a tiled label map with overviews."
 SCAN_OBJECTS = (
-    "`useg predict --objects` on a scan of discs, of which every fifth touches the next one, with "
-    "a function in the place of the network: what it takes to find the objects, keep them apart "
-    "and write them. The discs are larger than the training objects of the model, so that useg "
-    "computes the scan at two scales."
+    "`useg predict --objects` finds the objects of a scan, separates and writes them. The scan "
+    "shows discs, of which every fifth touches the next one. A plain function replaces the "
+    "network, so the time is that of everything else. The discs are larger than the training "
+    "objects of the model, so that useg computes the scan at two scales."
 )
 SERVING = """\
-Clients send images to `useg serve` and wait for each label map, on the same cores. The speed
-without a service is that of the same work in one process, with one image on each core; the bound
-is what all cores would do at the processor time of that work in one thread."""
+Clients send images to `useg serve`, on the same cores, and wait for each label map. The speed
+without a service is that of the same work in one process, with one image on each core. The bound is
+the speed of all cores if each worked as fast as one thread alone."""
 
 
 def runtimes(found: Results) -> str:
@@ -222,7 +223,7 @@ def serving(found: Results) -> str:
                 f"{alone:.0f} / {slow:.0f}",
             )
         )
-        said.append(judge(f"{percent(share)} of the speed without it", share >= 0.9, "90 %"))
+        said.append(judge(f"{percent(share)} of the speed without a service", share >= 0.9, "90 %"))
         sources.append(cite(name, content))
     head = (
         "network",
@@ -230,7 +231,7 @@ def serving(found: Results) -> str:
         "clients",
         "images/s",
         "share of the speed without a service",
-        "share of the processor time's bound",
+        "share of the bound",
         "gain from computing several",
         "ms under load, median / 99 %",
         "ms alone, median / 95 %",

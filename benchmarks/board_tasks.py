@@ -11,28 +11,32 @@ from board_format import Results, cite, count_of, format_table, judge, names_wit
 
 SMP = "segmentation_models.pytorch"
 GENERALISATION = """\
-Trained on some streets, recordings, laboratories and patients, judged on others that were left out:
-mean IoU and the share of right pixels there, and in brackets the mean IoU on held-out images of
-those that it was trained on. `carla` is judged on other towns, lights and weather, in another
-renderer; `camvid 0006R0` on that recording; `cells d1` on laboratory 1 after training on laboratory
-2. Each recipe takes as many steps as two idle cores reach in two minutes, the earlier one at its
-own speed. It changes no colours and exposures, and zooms less. segmentation_models.pytorch has the
-same ImageNet weights, the loss and the rate of its CamVid example, and as many pixels in its steps,
-for which it needs two and a half times as long. [Trials behind the plan](plan_trials.md) has other
-runs."""
+The models are trained on some streets, recordings, laboratories or patients, and scored on others
+that were left out of training. A cell has the mean IoU and the share of right pixels on what was
+left out. In brackets is the mean IoU on held-out images of the groups that the model was trained
+on. `carla` is scored on other towns, lights and weather, in another renderer; `camvid 0006R0` on
+that recording; `cells d1` on laboratory 1 after training on laboratory 2.
+
+Each recipe trains for as many steps as two idle cores compute in two minutes. The earlier recipe
+does not change colours or exposure, and zooms less. segmentation_models.pytorch starts from the
+same ImageNet weights, and has the loss and the learning rate of its CamVid example. It trains on as
+many pixels as useg, for which it needs two and a half times as long.
+[Trials behind the plan](plan_trials.md) has other runs."""
 LABELLING = """\
-A script uses the page of `useg label` in Chromium. In each image it paints five strokes per class,
-clicks to accept correct regions of the suggestion, and paints 24 strokes in the largest remaining
-errors. After 20 images it goes through all of them *again*, because the first ones had no
-suggestion or a poor one: clicks, and 24 strokes in each. After each number of images in the table,
-a round trains, and its model is scored on a held-out block. *All labels* means training for ten
-minutes on all true masks; *whole masks* means the same rounds on complete true masks of images in
-random order. Rounds and training have the number of steps that two idle cores reach in their
-time."""
+A script uses the page of `useg label` in Chromium, like a person who knows the true masks. In each
+image it paints five strokes per class, clicks to accept correct regions of the suggestion, and
+paints 24 strokes in the largest remaining errors. After 20 images it goes through all of them
+*again*, because the first ones had no suggestion or a poor one: it clicks, and paints 24 strokes in
+each. After each number of images in the table, a round of training follows, and its model is scored
+on a held-out block.
+
+The goal is a share of the score that a model reaches after ten minutes of training on all true
+masks. *Whole masks* are the same rounds on complete true masks of images in random order. Each
+training has as many steps as two idle cores compute in its time."""
 CLICKS = """\
-Twenty objects of each data set, without a model, in a view of four times the object: at most 20
-clicks, or strokes of a brush. The seconds are a model of a person: 1.2 to aim and press, the drag,
-and half a second for another size."""
+A script selects twenty objects of each data set, without a model, by at most 20 clicks or brush
+strokes each. The view is four times as large as the object. The seconds estimate what a person
+needs: 1.2 to aim and press, the time of the drag, and 0.5 to change the size of the brush."""
 
 
 def generalisation(found: Results) -> str:
@@ -67,25 +71,28 @@ def generalisation(found: Results) -> str:
         if not gains:
             continue
         lowest = min(gains, key=lambda fold: gains[fold])
+        the = "" if name == SMP else "the "
         sentence = (
             f"over {count_of(len(gains), 'set')} useg scores {fmean(gains.values()):.1f} points "
-            f"more than {shown[name]} on what was left out, from {gains[lowest]:+.1f} ({lowest}) "
-            f"to {max(gains.values()):+.1f}"
+            f"more than {the}{shown[name]} on what was left out, from {gains[lowest]:+.1f} "
+            f"({lowest}) to {max(gains.values()):+.1f}"
         )
         verdicts.append(judge(sentence, fmean(gains.values()) >= goal, f"{goal} points"))
     verdicts += _judge_half_the_steps(found["generalise"]["runs"])
     lowest = {name: min(each.values()) for name, each in away.items() if each}
     verdicts.append(
         judge(
-            f"the lowest score of a set is {lowest['default']:.3f}, and "
-            f"{lowest['earlier recipe']:.3f} with the earlier recipe",
+            f"the lowest score of a set is {lowest['default']:.3f}; with the earlier recipe it is "
+            f"{lowest['earlier recipe']:.3f}",
             lowest["default"] >= lowest["earlier recipe"],
             "not lower",
         )
     )
     kept = [100 * (home["default"][fold] - each) for fold, each in home["earlier recipe"].items()]
-    sentence = f"on held-out images of the training groups it scores {fmean(kept):+.1f} points, "
-    sentence += f"{min(kept):+.1f} in the worst set"
+    sentence = "on held-out images of the training groups, useg gains "
+    sentence += (
+        f"{fmean(kept):+.1f} points over the earlier recipe, {min(kept):+.1f} in the worst set"
+    )
     verdicts.append(judge(sentence, min(kept) >= -1, "at most 1 point lower"))
     return "\n\n".join(
         [
@@ -122,9 +129,9 @@ def _judge_half_the_steps(runs: Sequence[dict[str, Any]]) -> list[str]:
 
     gain, share = 100 * (mean_score(own) - mean_score(peer)), seconds(own) / seconds(peer)
     sentence = (
-        f"after half of its steps, in {percent(share)} of the package's processor time (of the "
-        f"seeds, that of the fastest), useg scores {gain:.1f} points "
-        f"more on {count_of(len(both), 'set')}"
+        f"after half of its steps, useg scores {gain:.1f} points more than the package on "
+        f"{count_of(len(both), 'set')}, in {percent(share)} of the processor time (of the fastest "
+        f"seed each)"
     )
     return [
         judge(sentence, gain >= 3 and round(share, 2) <= 0.2, "3 points in a fifth of the time")
@@ -166,9 +173,9 @@ def objects(found: Results) -> str:
             )
         if True in merged and False in merged:
             gone = 1 - merged[True] / max(merged[False], 1e-9)
-            sentence = f"{percent(gone)} of the joined objects of {name} are apart"
+            sentence = f"of the joined objects of {name}, {percent(gone)} are now separate"
             verdicts.append(judge(sentence, gone >= 0.5, "at least half"))
-    head = ("data", "", "AP at IoU 0.5", "count error", "joined", "foreground IoU", "")
+    head = ("data", "recipe", "AP at IoU 0.5", "count error", "joined", "foreground IoU", "trained")
     source = cite("objects", found["objects"])
     return "\n\n".join([format_table(head, shown), " ".join(verdicts), source])
 
@@ -193,19 +200,20 @@ def labelling(found: Results) -> str:
         ]
         head = ("images", "strokes", "painted", "mean IoU", "whole masks, random order")
         seconds = median(row["round_cpu_seconds"] for row in content["strokes"])
-        said = [judge(f"the median round takes {seconds:.0f} s of one core", seconds < 60, "60")]
+        said = [judge(f"the median round takes {seconds:.0f} s of one core", seconds < 60, "60 s")]
         all_labels = content.get("trained_on_all_labels")
         if all_labels:
             best = _best_of_strokes(content)
-            sentence = f"{percent(best / all_labels['mean_iou'])} of {all_labels['mean_iou']:.3f}"
+            sentence = f"{percent(best / all_labels['mean_iou'])} of the score of all labels, "
+            sentence += f"{all_labels['mean_iou']:.3f}"
             said.insert(0, judge(sentence, best >= 0.9 * all_labels["mean_iou"], "90 %"))
         if trained := content.get("trained_on_strokes"):
             said.append(
-                f"Trained on the strokes for {trained['minutes']:g} minutes: "
+                f"A model that is trained on the strokes for {trained['minutes']:g} minutes scores "
                 f"{trained['mean_iou']:.3f}."
             )
             if shown := trained.get("shown_mean_iou"):
-                said.append(f"The page shows {shown:.3f}, of the model that was scored before.")
+                said.append(f"The page shows the score of an earlier model, {shown:.3f}.")
         title = f"### {content['fold']}: {content['pool']} images to choose from"
         parts.append(
             "\n\n".join([title, format_table(head, rows), " ".join(said), cite(name, content)])

@@ -18,18 +18,18 @@ from board_format import (
 )
 
 TRAINING = """\
-Images per second of the whole `useg train`, in wall time: cropping and augmenting images, the log
-and checkpoints are included. The other packages are measured in wall time too. *By step* counts the
-median step alone, without what happens between epochs."""
+Images per second in wall time, of the whole `useg train`: they include cropping and augmentation,
+the log and checkpoints. The other packages are measured in wall time, too. *By step* is the speed
+of the median training step alone, without the work between epochs."""
 ACCURACY = """\
-Seconds of the whole command, decoding and reports included. All models are scored on the same
+Seconds of the whole command, including decoding and the report. All models are scored on the same
 held-out block, at native resolution. The course's recipe is a U-Net as courses teach it: width 32,
-128x96, Adam, no augmentation."""
+images of 128x96, Adam, no augmentation."""
 TRIALS = """\
-Changes to the training recipe, tried on parts of the training images alone, never on the images
-that the results above are scored on. Each cell has the mean IoU after the same time on the same
+Each row is a change to the training recipe, tried on parts of the training images alone, never on
+the images that score the results above. Each cell has the mean IoU after the same time on the same
 machine, then the gain over the recipe in the column *compared with* (mean, lowest and highest of
-the seeds). `useg train` uses only what helps on both street data sets."""
+the seeds). `useg train` uses only changes that help on both street data sets."""
 # Data set -> the goal: the share of the time of a course's 40 epochs that reaches its score.
 SHARES_OF_COURSE = {"carla": 0.2}
 # Minutes of training that should each exceed the score of the course's recipe.
@@ -125,7 +125,7 @@ def training_steps(found: Results) -> list[str]:
         shown.append((row["size"], str(row["batch"]), *times, *ratios))
     package = "segmentation_models.pytorch"
     older = f"useg before (commit {content['commits']['before'][:7]})"
-    heads = ("useg", older, package, "times as fast as before", "as the package")
+    heads = ("useg", older, package, "speed-up over before", "over the package")
     verdicts = [
         judge(f"at least {min(found):.2f} times as fast as {name}", min(found) >= goal, f"{goal}")
         for name, found, goal in (("before", before, 1.8), (package, peer, 4))
@@ -133,7 +133,7 @@ def training_steps(found: Results) -> list[str]:
     title = "### A step of EfficientNet-Lite0, in milliseconds"
     rounds = f"Medians of {count_of(content['rounds'], 'round')}, {content['threads']} threads."
     sentences = " ".join([rounds, *verdicts])
-    table = format_table(("crops", "batch", *heads), shown)
+    table = format_table(("crop", "batch", *heads), shown)
     return ["\n\n".join([title, table, sentences, cite("training_step", content)])]
 
 

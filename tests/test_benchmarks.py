@@ -275,7 +275,11 @@ def test_the_phases_of_a_job_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("trained", "said"), [(0.53, "**Missed**: 88 % of 0.600"), (0.55, "Met: 92 % of 0.600")]
+    ("trained", "said"),
+    [
+        (0.53, "**Missed**: 88 % of the score of all labels, 0.600"),
+        (0.55, "Met: 92 % of the score of all labels, 0.600"),
+    ],
 )
 def test_labelling_counts_the_last_round_or_training_on_its_strokes(
     board: ModuleType, trained: float, said: str
@@ -299,5 +303,5 @@ def test_labelling_counts_the_last_round_or_training_on_its_strokes(
     assert "| 5 | 20 | 20 % | 0.500 | not run |" in page
     assert "| 5, again | 30 | 20 % | 0.500 | not run |" in page
     assert said in page
-    assert "The page shows 0.410, of the model that was scored before." in page
-    assert "Met: the median round takes 35 s of one core (goal: 60)." in page
+    assert "The page shows the score of an earlier model, 0.410." in page
+    assert "Met: the median round takes 35 s of one core (goal: 60 s)." in page
