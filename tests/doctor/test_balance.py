@@ -50,6 +50,10 @@ def relabel_validation(root: Path) -> Planted:
     return "splits differ", set()
 
 
+def empty_one(root: Path) -> Planted:
+    return "mask of one class", {edit_picture(find_file(root, 18), np.zeros_like).name}
+
+
 def add_hood(root: Path) -> Planted:
     is_hood = np.arange(SIZE[1])[:, None] >= 78
 
@@ -61,6 +65,7 @@ def add_hood(root: Path) -> Planted:
 
 
 DEFECTS = {
+    "mask of background only": Defect("streets", empty_one),
     "class without pixels": Defect("streets", remove_class),
     "tiny class": Defect("streets", make_class_rare),
     "splits of different class shares": Defect(

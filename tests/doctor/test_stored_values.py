@@ -1,4 +1,4 @@
-"""Unknown values, smeared, inverted and empty masks are found; unusual encodings are described."""
+"""Unknown values and smeared masks are found; unusual encodings are described."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,6 @@ from made_doctor import (
     edit_picture,
     find_file,
     finding_of_kind,
-    invert_masks,
     mix_two_values,
     survey_folder,
     write_trees,
@@ -26,7 +25,7 @@ from made_doctor import (
 from useg.classes import CAMVID, palette
 from useg.data.layouts import find_dataset
 from useg.data.schemes import grey_levels, match_grey_palette, voc_colors
-from useg.doctor.stored_values import fill_unsure_pixels, swap_foreground
+from useg.doctor.stored_values import fill_unsure_pixels
 from useg.errors import UsageError
 
 
@@ -89,31 +88,11 @@ def stretch_values(root: Path) -> Planted:
     return "two grey levels", set()
 
 
-def empty_one(root: Path) -> Planted:
-    return "mask of one class", {edit_picture(find_file(root, 18), np.zeros_like).name}
-
-
 def skip_ids(root: Path) -> Planted:
     (root / "classes.toml").unlink()
     ids = np.array([0, 1, 2, 7, 9, 255, 255, 255, 255, 255], np.uint8)
     edit_all_masks(root, lambda mask: ids[mask])
     return "ids skipped", set()
-
-
-def exchange_two_classes(root: Path) -> Planted:
-    order = np.arange(256, dtype=np.uint8)
-    order[[1, 2]] = 2, 1
-    return "classes exchanged", {edit_picture(find_file(root, 12), lambda mask: order[mask]).name}
-
-
-def exchange_red_and_blue(root: Path) -> Planted:
-    """Store every class as a colour whose reversed colour is a class too."""
-    (root / "classes.toml").unlink()
-    colors = np.zeros((256, 3), np.uint8)
-    colors[:5] = (255, 0, 0), (0, 0, 255), (0, 255, 0), (255, 255, 0), (0, 255, 255)
-    edit_all_masks(root, lambda mask: colors[mask])
-    paths = [edit_picture(find_file(root, k), lambda mask: mask[..., ::-1]) for k in (3, 12)]
-    return "red and blue exchanged", {path.name for path in paths}
 
 
 DEFECTS = {
@@ -126,11 +105,7 @@ DEFECTS = {
     "mask saved as JPEG": Defect("cells", save_one_as_jpeg, frozenset({"two grey levels"})),
     "0/1 mixed with 0/255": Defect("cells", mix_two_values),
     "0/255": Defect("cells", stretch_values),
-    "mask of background only": Defect("streets", empty_one),
     "ids skipped": Defect("streets", skip_ids),
-    "two classes exchanged": Defect("streets", exchange_two_classes),
-    "red and blue exchanged": Defect("streets", exchange_red_and_blue, frozenset({"colour masks"})),
-    "inverted masks": Defect("cells", invert_masks),
 }
 
 
@@ -188,7 +163,3 @@ def test_unsure_pixels_take_the_class_of_their_neighbours() -> None:
     label = np.array([[1, 254, 254, 2], [1, 254, 254, 2]], np.uint8)
     assert fill_unsure_pixels(label).tolist() == [[1, 1, 2, 2]] * 2
     assert label[0, 1] == 254
-
-
-def test_swapping_foreground_keeps_ignored_pixels() -> None:
-    assert swap_foreground(np.array([[0, 1, 255]], np.uint8)).tolist() == [[1, 0, 255]]

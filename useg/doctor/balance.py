@@ -21,6 +21,9 @@ MAX_RARE_SHARE = 0.005
 # With fewer images per split, a difference is not significant.
 _MIN_IMAGES_PER_SPLIT = 5
 
+# With fewer masks, it is not known that most have several classes.
+_MIN_MASKS = 8
+
 # With fewer images, a region may be constant by chance.
 _MIN_IMAGES_OF_CONSTANT_REGION = 20
 
@@ -146,6 +149,31 @@ def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
             f"the splits differ in {join_names(described)}",
             "scores on such a split say little about other images; hold out blocks of several "
             "places, or report the difference with the score",
+        )
+
+
+def check_single_class_masks(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find a few masks with one class only while the others have several."""
+    single = [
+        (each.pair, int(data.ids(each.mask.codes)[0]))
+        for each in data.complete
+        if each.mask is not None and len(each.mask.codes) == 1
+    ]
+    if len(data.complete) < _MIN_MASKS or len(single) > max(1, len(data.complete) // 10):
+        return
+    for pair, k in single:
+        if k == IGNORE:
+            content = "is ignored everywhere"
+        elif k >= 0:
+            content = f"is {data.dataset.classes.names[k]} everywhere"
+        else:
+            content = "has one value everywhere"
+        yield Finding(
+            "mask of one class",
+            "warning",
+            (pair.mask,),
+            f"mask '{data.name(pair.mask)}' {content}, while the others have several classes",
+            "check whether its labels were lost",
         )
 
 

@@ -21,7 +21,15 @@ from useg.console import format_table
 from useg.data import cache_folder
 from useg.data.dataset import COLOR_FLAG, SPLITS, Dataset, MaskEncoding, Pair
 from useg.data.masks import ClassDecision, decide_classes
-from useg.doctor import alignment, balance, damage, leaks, single_masks, stored_values
+from useg.doctor import (
+    alignment,
+    balance,
+    damage,
+    exchanged_classes,
+    leaks,
+    single_masks,
+    stored_values,
+)
 from useg.doctor.measure import (
     Finding,
     MeasuredDataset,
@@ -55,8 +63,8 @@ CHECKS: tuple[Check, ...] = (
     damage.check_mask_sizes,
     stored_values.check_class_table,
     stored_values.check_mask_values,
-    stored_values.check_inverted_masks,
-    stored_values.check_exchanged_classes,
+    exchanged_classes.check_inverted_masks,
+    exchanged_classes.check_exchanged_classes,
     alignment.check_common_shift,
     alignment.check_common_turn,
     alignment.check_exchanged_masks,
@@ -66,7 +74,7 @@ CHECKS: tuple[Check, ...] = (
     damage.check_exposure,
     damage.check_mixed_images,
     damage.check_file_suffixes,
-    stored_values.check_single_class_masks,
+    balance.check_single_class_masks,
     balance.check_class_pixels,
     balance.check_split_shares,
     balance.check_constant_region,

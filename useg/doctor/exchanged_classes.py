@@ -1,0 +1,277 @@
+"""Find masks whose classes are exchanged: foreground and background, red and blue, or others.
+
+Such a mask has no unknown value. It differs from the other masks in where its classes are and how
+bright they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import ClassTable, Label
+from useg.doctor.measure import (
+    THUMBNAIL_SHAPE,
+    Finding,
+    MeasuredDataset,
+    Measurement,
+    Repair,
+)
+from useg.errors import join_names
+
+# What masks differ in at least: share of foreground, of that at the border, and brightness.
+_MIN_DEVIATIONS = (0.08, 0.12, 0.35)
+# Standard deviations by which a swapped mask must be more similar to the others.
+_MIN_SWAP_EVIDENCE = 4
+_MAX_ROUNDS = 5
+
+# With fewer masks, typical values are not known.
+_MIN_MASKS = 8
+
+# Two classes look exchanged in a mask if its pixels are more likely that way, by where they are and
+# how bright they are in the other masks. The places are rows of the image, and so many levels.
+_NUM_ROWS, _NUM_LEVELS = 6, 8
+# The log-likelihood of a cell of the thumbnail that is gained or lost is at most this.
+_MAX_CELL_GAIN = 3
+_MIN_PROBABILITY = 1e-4
+# All cells of a mask must gain that much together, and a cell on average.
+_MIN_GAIN, _MIN_MEAN_GAIN = 100, 0.5
+# Each of two classes must gain in so many cells: without a fault, no mask of seven public data sets
+# did in 6,900 trials. Exchanged red and blue are usual, so there both together are enough.
+_MIN_CELLS = 16
+# Pairs are made of so many classes, which are in that share of the masks.
+_MAX_COMPARED_CLASSES, _MIN_SHARE_OF_MASKS = 8, 0.25
+
+
+def check_inverted_masks(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find a few binary masks whose foreground and background are swapped."""
+    binary = [each for each in data.complete if each.mask is not None and len(each.mask.codes) == 2]
+    if len(data.dataset.classes) != 2 or len(binary) < _MIN_MASKS:
+        return
+    features = np.array([_foreground_features(data, each) for each in binary])
+    swapped = np.array([1, 1, 0]) - features
+    median = np.median(features, axis=0)
+    deviation = 1.48 * np.median(np.abs(features - median), axis=0)
+    deviation = np.maximum(deviation, _MIN_DEVIATIONS)
+    own, other = (
+        np.minimum(np.abs(part - median) / deviation, 6).sum(1) for part in (features, swapped)
+    )
+    found = np.flatnonzero(own - other > _MIN_SWAP_EVIDENCE)
+    if len(found) > len(binary) // 3 or not len(found):
+        yield from _masks_of_two_kinds(data, binary, features)
+        return
+    for k in found:
+        pair = binary[k].pair
+        description = "mask: foreground and background swapped back"
+        yield Finding(
+            "inverted mask",
+            "error",
+            (pair.mask,),
+            f"mask '{data.name(pair.mask)}' has foreground and background swapped: "
+            f"{100 * features[k, 0]:.0f} % of it is foreground, {100 * median[0]:.0f} % is usual",
+            "swap its two values",
+            (Repair(pair, description, transform=swap_foreground),),
+        )
+
+
+def _masks_of_two_kinds(
+    data: MeasuredDataset, binary: Sequence[Measurement], features: NDArray[np.float64]
+) -> Iterator[Finding]:
+    """Report that many masks are like the others with foreground and background swapped."""
+    swapped = np.array([1, 1, 0]) - features
+    is_swapped = np.zeros(len(features), bool)
+    median = features[0]
+    for _ in range(_MAX_ROUNDS):
+        own, other = (
+            np.abs((part - median) / _MIN_DEVIATIONS).sum(1) for part in (features, swapped)
+        )
+        is_swapped = other < own
+        median = np.median(np.where(is_swapped[:, None], swapped, features), axis=0)
+    num_swapped = int(is_swapped.sum())
+    if min(num_swapped, len(features) - num_swapped) < len(features) // 4:
+        return
+    # Objects are rarely at the image border.
+    if features[is_swapped, 1].mean() < features[~is_swapped, 1].mean():
+        is_swapped, num_swapped = ~is_swapped, len(features) - num_swapped
+    alike = np.where(is_swapped[:, None], swapped, features)
+    deviation = np.maximum(
+        1.48 * np.median(np.abs(alike - np.median(alike, axis=0)), axis=0), _MIN_DEVIATIONS
+    )
+    near, far = (
+        np.minimum(np.abs(part - np.median(alike, axis=0)) / deviation, 6).sum(1)
+        for part in (alike, np.array([1, 1, 0]) - alike)
+    )
+    if float((far - near > _MIN_SWAP_EVIDENCE).mean()) < 0.9:
+        return
+    pairs = [each.pair for each, is_odd in zip(binary, is_swapped, strict=True) if is_odd]
+    usual = next(each.pair for each, is_odd in zip(binary, is_swapped, strict=True) if not is_odd)
+    yield Finding(
+        "masks of two kinds",
+        "error",
+        tuple(pair.mask for pair in pairs),
+        f"{num_swapped} of {len(features)} masks, such as '{data.name(pairs[0].mask)}', look like "
+        f"the others, such as '{data.name(usual.mask)}', with foreground and background swapped",
+        "swap the two values in one of these parts",
+        tuple(
+            Repair(pair, "mask: foreground and background swapped back", transform=swap_foreground)
+            for pair in pairs
+        ),
+    )
+
+
+def check_exchanged_classes(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find a few masks in which two classes, or red and blue, are exchanged.
+
+    Where red and blue are both classes, colours do not show that a mask stores them as blue, green,
+    red. Nor do values if a mask was saved with another order of the classes.
+    """
+    table, masks = data.dataset.classes, data.complete
+    if len(table) < 3 or len(masks) < _MIN_MASKS:
+        return
+    counts = _count_places(data, masks)
+    found: dict[int, tuple[float, tuple[int, ...]]] = {}
+    exchanged = _exchange_colors(table)
+    if exchanged:
+        masks_of_colors = _find_exchanged(counts, exchanged, by_color=True)
+        found = dict.fromkeys(masks_of_colors, (np.inf, exchanged))
+    frequent = np.argsort(-(counts.sum(2) > 0).mean(0), kind="stable")[:_MAX_COMPARED_CLASSES]
+    common = [k for k in frequent if (counts[:, k].any(1)).mean() >= _MIN_SHARE_OF_MASKS]
+    for one, other in itertools.combinations(common, 2):
+        partner = {int(one): int(other), int(other): int(one)}
+        order = tuple(partner.get(k, k) for k in range(len(table)))
+        for k, gain in _find_exchanged(counts, order, by_color=False).items():
+            found[k] = max(found.get(k, (0.0, ())), (gain, order))
+    for k, (_, best) in sorted(found.items()):
+        yield _exchanged_classes(data, masks[k], best, by_color=best == exchanged)
+
+
+def _exchanged_classes(
+    data: MeasuredDataset, each: Measurement, order: tuple[int, ...], *, by_color: bool
+) -> Finding:
+    names, pair = data.dataset.classes.names, each.pair
+    moved = [names[k] for k, other in enumerate(order) if k != other]
+    ids = np.arange(256, dtype=np.uint8)
+    ids[: len(order)] = order
+    what = "red and blue" if by_color else join_names(moved)
+    return Finding(
+        "red and blue exchanged" if by_color else "classes exchanged",
+        "error",
+        (pair.mask,),
+        f"mask '{data.name(pair.mask)}' seems to have {what} exchanged: where the other masks have "
+        f"{moved[0]}, by position and brightness, it has {names[order[names.index(moved[0])]]}",
+        "compare it with its image; if it is wrong, save it with the order of the others",
+        (Repair(pair, f"mask: {what} exchanged back", transform=lambda label: ids[label]),),
+    )
+
+
+def _exchange_colors(table: ClassTable) -> tuple[int, ...]:
+    """Return the class of each colour when red and blue are exchanged; () if nothing changes."""
+    colors = table.colors
+    if not table.by_color or any(color[::-1] not in colors for color in colors):
+        return ()
+    order = tuple(colors.index(color[::-1]) for color in colors)
+    return order if order != tuple(range(len(colors))) else ()
+
+
+def _count_places(data: MeasuredDataset, masks: Sequence[Measurement]) -> NDArray[np.float64]:
+    """Count each class's cells at each place ``(N, K, P)``: a band of rows and a grey level."""
+    num_classes, num_places = len(data.dataset.classes), _NUM_ROWS * _NUM_LEVELS
+    counts = np.zeros((len(masks), num_classes, num_places))
+    rows, columns = THUMBNAIL_SHAPE
+    bands = np.repeat(np.arange(rows) * _NUM_ROWS // rows, columns).reshape(THUMBNAIL_SHAPE)
+    for k, each in enumerate(masks):
+        assert each.image is not None
+        assert each.mask is not None
+        grey = each.image.thumbnail.astype(np.float64)
+        deviations = (grey - grey.mean()) / max(float(grey.std()), 1e-6)
+        # From two standard deviations below the mean to two above it.
+        levels = np.clip((deviations + 2) * (_NUM_LEVELS / 4), 0, _NUM_LEVELS - 1).astype(np.intp)
+        ids = data.ids(each.mask.code_grid)
+        known = (ids >= 0) & (ids < num_classes)
+        places = (ids * num_places + bands * _NUM_LEVELS + levels)[known]
+        counts[k] = np.bincount(places, minlength=counts[k].size).reshape(counts[k].shape)
+    return counts
+
+
+def _find_exchanged(
+    counts: NDArray[np.float64], order: tuple[int, ...], *, by_color: bool
+) -> dict[int, float]:
+    """Return the masks that are like the others in this order of the classes.
+
+    They are at most a third, or half of them if red and blue are exchanged.
+
+    Args:
+        counts: from :func:`_count_places`.
+        order: the class that each class becomes.
+        by_color: whether this exchanges red and blue.
+
+    Returns:
+        What each of these masks gains in log-likelihood.
+    """
+    is_exchanged = np.zeros(len(counts), bool)
+    for _ in range(2 * _MAX_ROUNDS):
+        gains, cells = _gain_by_order(counts, order, is_exchanged)
+        change = gains.sum(1) > 0
+        if not change.any():
+            break
+        is_exchanged ^= change
+    if 2 * is_exchanged.sum() > len(counts):
+        is_exchanged = ~is_exchanged
+    if not is_exchanged.any() or (3 - by_color) * is_exchanged.sum() > len(counts):
+        return {}
+    gains, cells = _gain_by_order(counts, order, is_exchanged)
+    total, mean = -gains.sum(1), -gains / np.maximum(cells, 1)
+    overall = total / np.maximum(cells.sum(1), 1)
+    is_seen = cells.sum(1) >= _MIN_CELLS
+    is_clear = ((cells >= _MIN_CELLS) & (mean >= _MIN_MEAN_GAIN)).sum(1) >= 2
+    is_sure = (total >= _MIN_GAIN) & (overall >= _MIN_MEAN_GAIN) & (is_clear | by_color)
+    fits = np.quantile(overall[is_seen], 0.1) >= _MIN_MEAN_GAIN if is_seen.any() else False
+    if not fits or not is_sure[is_exchanged].all():
+        return {}
+    return {int(k): float(total[k]) for k in np.flatnonzero(is_exchanged)}
+
+
+def _gain_by_order(
+    counts: NDArray[np.float64], order: tuple[int, ...], is_exchanged: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what the classes ``(N, M)`` of each mask gain if they are exchanged, and their cells.
+
+    A mask's own cells do not count for the probabilities that it is compared with.
+    """
+    moved = [k for k, other in enumerate(order) if k != other]
+    partners = [moved.index(order[k]) for k in moved]
+    own = counts[:, moved]
+    own = np.where(is_exchanged[:, None, None], own[:, partners], own)
+    rest = own.sum(0) - own
+    share = rest / np.maximum(counts.sum() - counts.sum((1, 2)), 1)[:, None, None]
+    share += _MIN_PROBABILITY
+    log_share = np.log(share / share.sum(2, keepdims=True))
+    gain = np.clip(log_share[:, partners] - log_share, -_MAX_CELL_GAIN, _MAX_CELL_GAIN)
+    return (gain * own).sum(2), own.sum(2)
+
+
+def swap_foreground(label: Label) -> Label:
+    """Exchange the classes 0 and 1; ignored pixels stay ignored."""
+    return np.where(label <= 1, 1 - label, label).astype(np.uint8)
+
+
+def _foreground_features(data: MeasuredDataset, each: Measurement) -> tuple[float, float, float]:
+    """Return the foreground's share of a mask, of its border, and its relative brightness.
+
+    The brightness is relative to the background, in standard deviations of the image.
+    """
+    assert each.mask is not None
+    assert each.image is not None
+    grid = data.ids(each.mask.code_grid) == 1
+    border = np.concatenate((grid[0], grid[-1], grid[1:-1, 0], grid[1:-1, -1]))
+    pixels = data.counts[each.pair]
+    share = float(pixels[1] / max(1, pixels[:2].sum()))
+    thumbnail = each.image.thumbnail
+    brighter = 0.0
+    if 0 < grid.sum() < grid.size:
+        brighter = float(thumbnail[grid].mean() - thumbnail[~grid].mean())
+    brighter /= max(float(thumbnail.std()), 1e-6)
+    return share, float(border.mean()), float(np.clip(brighter, -3, 3))
