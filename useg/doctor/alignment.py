@@ -1,4 +1,4 @@
-"""Check whether the masks as a whole match their images, or are all shifted, turned or exchanged.
+"""Check whether the masks as a whole match their images: not shifted, scaled, turned, exchanged.
 
 The edge alignment of each pair is measured before (:mod:`useg.doctor.edges`). What is usual in the
 data set is found here; single masks that align worse are checked by
@@ -19,10 +19,16 @@ from useg.data.dataset import CodeMap, pick_evenly, read_pair_image
 from useg.data.duplicates import ORIENTATIONS
 from useg.doctor.edges import (
     MAX_SHIFT_PIXELS,
+    PLACEMENTS,
     EdgeAlignment,
+    MaskPlacement,
+    describe_placement,
     describe_shift,
     find_strongest_shift,
     measure_edge_alignment,
+    measure_enclosure,
+    measure_placements,
+    place_label,
     shift_label,
     shift_z_score,
     strength_at,
@@ -38,6 +44,19 @@ MAX_SUSPECTS = 24
 
 # An alignment is significant from this many standard deviations on.
 MIN_Z_SCORE = 4.0
+
+# All masks have another place or scale if half of them choose it, and the others, at least so many,
+# show that the edges are stronger there: by so much, in that share of them, with that t-statistic.
+# It differs by at least this factor, or that part of the width, and there the masks align
+# significantly. It is tried only if they align worse than that as they are.
+_MIN_PLACED_MASKS, _MIN_PLACED_T = 4, 5.0
+_MIN_PLACED_GAIN, _MIN_PLACED_MASKS_SHARE = 0.05, 0.85
+_MIN_SCALE, _MIN_SHIFT = 1.04, 0.015
+_MAX_Z_SCORE_AS_THEY_ARE = 5.0
+
+# A scale up to this factor may as well be outlines that are drawn too wide or too narrow, if so
+# many boundaries have the most frequent class outside, as around single objects in the middle.
+_MAX_SCALE_OF_OUTLINES, _MIN_ENCLOSURE = 1.25, 0.8
 
 # Masks fit no images in particular if, over so many of them, their own image's edges exceed those
 # of so many others by fewer standard deviations. On seven public data sets it is 6.9 and more, and
@@ -90,6 +109,11 @@ def find_best_orientation(data: MeasuredDataset, each: Measurement, names: Seque
 def shift_change(shift: tuple[int, int]) -> Callable[[Label], Label]:
     """Return the transform of a repair that shifts a mask; pixels that become free are ignored."""
     return lambda label: shift_label(label, shift, IGNORE)
+
+
+def placement_change(placement: MaskPlacement) -> Callable[[Label], Label]:
+    """Return the transform of a repair that scales or moves a mask; the rest is ignored."""
+    return lambda label: place_label(label, placement, IGNORE)
 
 
 @dataclass(frozen=True)
@@ -162,10 +186,122 @@ def check_common_shift(data: MeasuredDataset) -> Iterator[Finding]:
     )
 
 
+@dataclass(frozen=True)
+class _CommonPlacement:
+    """The placement with which masks fit their images.
+
+    Args:
+        placement: the placement.
+        masks: the pairs in which it was measured.
+        is_sure: no outlines that are drawn too wide or too narrow explain it.
+    """
+
+    placement: MaskPlacement
+    masks: Sequence[Measurement]
+    is_sure: bool
+
+
+def find_common_placement(data: MeasuredDataset) -> _CommonPlacement | None:
+    """Return the placement with which all masks align well, if they do not as they are."""
+    usual = data.once(find_usual_alignment)
+    if usual is None or usual.z_score >= _MAX_Z_SCORE_AS_THEY_ARE or usual.shift != (0, 0):
+        return None
+    measured = [
+        (each, strengths)
+        for each in pick_evenly(usual.measurements, MAX_SUSPECTS)
+        if (pixels := reread_pair(data, each)) is not None
+        and (strengths := measure_placements(*pixels)) is not None
+    ]
+    if len(measured) < 2 * _MIN_PLACED_MASKS:
+        return None
+    best = _choose_placement(np.array([strengths for _, strengths in measured]))
+    if not best:
+        return None
+    placement, masks = PLACEMENTS[best], [each for each, _ in measured]
+    z_scores, enclosures = [], []
+    for image, codes in filter(None, (reread_pair(data, each) for each in masks)):
+        enclosures.append(measure_enclosure(codes))
+        alignment = measure_edge_alignment(image, place_label(codes, placement, int(codes[0, 0])))
+        z_scores.append(0.0 if alignment is None else shift_z_score(alignment))
+    if not z_scores or float(np.median(z_scores)) < MIN_Z_SCORE:
+        return None
+    scale = placement.across
+    may_be_outlines = (
+        1 != scale == placement.down
+        and placement.anchor == 0.5
+        and max(scale, 1 / scale) <= _MAX_SCALE_OF_OUTLINES
+        and float(np.median(enclosures)) >= _MIN_ENCLOSURE
+    )
+    return _CommonPlacement(placement, masks, is_sure=not may_be_outlines)
+
+
+def _choose_placement(strengths: NDArray[np.float64]) -> int:
+    """Return which of the ``PLACEMENTS`` half of the masks choose and the others prove, or 0.
+
+    Args:
+        strengths: from :func:`measure_placements`, ``(N, len(PLACEMENTS))``.
+    """
+    choosing, testing = strengths[::2], strengths[1::2]
+    is_known = np.isfinite(choosing)
+    mean = np.where(is_known, choosing, 0).sum(0) / is_known.sum(0).clip(1)
+    best = int(np.where(is_known.mean(0) >= 0.8, mean, 0).argmax())
+    placement = PLACEMENTS[best]
+    scale = max(abs(np.log(placement.across)), abs(np.log(placement.down)))
+    gains = testing[:, best] - testing[:, 0]
+    gains = gains[np.isfinite(gains)]
+    is_small = scale < np.log(_MIN_SCALE) and max(map(abs, placement.shift)) < _MIN_SHIFT
+    if is_small or len(gains) < _MIN_PLACED_MASKS:
+        return 0
+    error = max(float(gains.std(ddof=1)) / len(gains) ** 0.5, 1e-3)
+    is_proven = (
+        float(gains.mean()) >= max(_MIN_PLACED_GAIN, _MIN_PLACED_T * error)
+        and float((gains > 0).mean()) >= _MIN_PLACED_MASKS_SHARE
+    )
+    return best if is_proven else 0
+
+
+def check_common_placement(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find masks that are all enlarged, reduced, stretched or moved far against their images.
+
+    It happens when only masks or only images were cropped, or padded to another aspect ratio.
+    """
+    common = data.once(find_common_placement)
+    if common is None:
+        return
+    how, placement = describe_placement(common.placement), common.placement
+    masks = tuple(each.pair.mask for each in common.masks)
+    fit = f"{format_count(len(masks), 'mask')} fit the edges of their images best when {how}"
+    if not common.is_sure:
+        size, width = ("larger", "wide") if placement.down < 1 else ("smaller", "narrow")
+        yield Finding(
+            "outlines too wide or too narrow",
+            "warning",
+            masks,
+            f"the masks are {size} than what the images show: {fit}",
+            "view some images with their masks: the masks have another scale, or their outlines "
+            f"are drawn too {width}",
+        )
+        return
+    what = "are shifted against" if any(placement.shift) else "have another scale than"
+    yield Finding(
+        "misplaced masks",
+        "error",
+        masks,
+        f"all masks {what} their images: {fit}",
+        "crop, resize and pad images and masks in the same way",
+        tuple(
+            Repair(each.pair, f"mask {how}", transform=placement_change(placement))
+            for each in data.complete
+        ),
+    )
+
+
 def _find_common_turn(data: MeasuredDataset) -> str:
     """Return in which orientation all masks align well, if they do not as they are; or ``""``."""
     usual = data.once(find_usual_alignment)
     if usual is None or usual.z_score >= MIN_Z_SCORE or usual.shift != (0, 0):
+        return ""
+    if data.once(find_common_placement):
         return ""
     chosen = pick_evenly(usual.measurements, MAX_SUSPECTS // 2)
     pixels = [found for each in chosen if (found := reread_pair(data, each)) is not None]
@@ -217,6 +353,7 @@ def check_exchanged_masks(data: MeasuredDataset) -> Iterator[Finding]:
         usual is None
         or usual.z_score >= MIN_Z_SCORE
         or usual.shift != (0, 0)
+        or data.once(find_common_placement)
         or data.once(_find_common_turn)
     ):
         return

@@ -20,6 +20,7 @@ from useg.doctor.alignment import (
     MIN_Z_SCORE,
     Suspect,
     UsualAlignment,
+    find_common_placement,
     find_usual_alignment,
     orientation_change,
     reread_pair,
@@ -51,7 +52,7 @@ _COARSE_FACTOR = 4
 def check_single_masks(data: MeasuredDataset) -> Iterator[Finding]:
     """Find single masks that are shifted, rotated or mirrored, or belong to another image."""
     usual = data.once(find_usual_alignment)
-    if usual is None or usual.z_score < MIN_Z_SCORE:
+    if usual is None or usual.z_score < MIN_Z_SCORE or data.once(find_common_placement):
         return
     candidates = [
         (each, alignment)

@@ -66,6 +66,7 @@ CHECKS: tuple[Check, ...] = (
     exchanged_classes.check_inverted_masks,
     exchanged_classes.check_exchanged_classes,
     alignment.check_common_shift,
+    alignment.check_common_placement,
     alignment.check_common_turn,
     alignment.check_exchanged_masks,
     single_masks.check_single_masks,
@@ -85,6 +86,7 @@ CHECKS: tuple[Check, ...] = (
 # These compare the edges of masks with those of images, which the noise of some masks hides.
 _EDGE_CHECKS = (
     alignment.check_common_shift,
+    alignment.check_common_placement,
     alignment.check_common_turn,
     alignment.check_exchanged_masks,
     single_masks.check_single_masks,

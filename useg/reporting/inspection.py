@@ -489,6 +489,7 @@ EVIDENCE_DRAWERS: dict[str, EvidenceDrawer] = {
     "transposed mask": _draw_repair,
     "turned mask": _draw_repair,
     "turned masks": _draw_repair,
+    "misplaced masks": _draw_repair,
     "unknown value": _draw_repair,
     "grey levels of a palette": _draw_repair,
     "smeared mask": _draw_repair,
