@@ -164,7 +164,8 @@ def train(
     dataset = data if isinstance(data, Dataset) else open_dataset(data, chosen)
     refuse_data_folder(out, dataset)
     if not force and distributed.is_main_process():
-        refuse_unsound(dataset)
+        for doubt in refuse_unsound(dataset):
+            progress.say(doubt)
     return _train_and_report(dataset, out, chosen, progress, began)
 
 

@@ -344,11 +344,15 @@ def test_training_refuses_what_inspect_calls_an_error_unless_forced(
 
 def test_sound_data_are_surveyed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
-    write_yards(tmp_path / "data", lambda label, _: label)
+    write_yards(tmp_path / "data", lambda label, _: label, 12)
+    save(tmp_path / "data" / "images" / "photoc.png", 255 - yard(2)[0])
     dataset = open_dataset(tmp_path / "data")
-    refuse_unsound(dataset)
+    doubts = refuse_unsound(dataset)
+    assert [doubt[:60] for doubt in doubts] == [
+        "useg inspect warns: 1 of 12 images looks like a negative of "
+    ]
     monkeypatch.setattr(survey, "survey_dataset", lambda _: pytest.fail("it was surveyed again"))
-    refuse_unsound(dataset)
+    assert refuse_unsound(dataset) == doubts
 
 
 def test_masks_without_annotations_are_said_and_can_be_ignored(tmp_path: Path) -> None:

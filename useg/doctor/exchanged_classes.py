@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Label
+from useg.doctor.balance import find_negative_images
 from useg.doctor.measure import (
     THUMBNAIL_SHAPE,
     Finding,
@@ -144,7 +145,11 @@ def check_exchanged_classes(data: MeasuredDataset) -> Iterator[Finding]:
         order = tuple(partner.get(k, k) for k in range(len(table)))
         for k, gain in _find_exchanged(counts, order, by_color=False).items():
             found[k] = max(found.get(k, (0.0, ())), (gain, order))
+    negatives = {each.pair for each in data.once(find_negative_images)}
     for k, (_, best) in sorted(found.items()):
+        # The classes of a negative are where they belong, but as bright as others.
+        if masks[k].pair in negatives:
+            continue
         yield _exchanged_classes(data, masks[k], best, by_color=best == exchanged)
 
 

@@ -61,6 +61,10 @@ IGNORED_CODE = -1
 # Rows and columns of a thumbnail.
 THUMBNAIL_SHAPE = (24, 32)
 
+# The tints of an image's cells are pairs of levels: of red less green, and of blue less green, each
+# relative to the sum of the three. These are the limits between the levels.
+TINT_LIMITS = (-0.1, -0.03, 0.03, 0.1)
+
 # A speck is no wider and no higher than this.
 _MAX_SPECK_PIXELS = 3
 
@@ -138,6 +142,8 @@ class ImageMeasurement:
         bands: number of bands.
         dtype: the pixels' number type.
         thumbnail: grey, ``THUMBNAIL_SHAPE`` float32, in the file's own numbers.
+        tints: the level of red, times the number of levels, plus that of blue, ``THUMBNAIL_SHAPE``
+            (see ``TINT_LIMITS``); None without three bands.
         signature: what near duplicates share (:func:`useg.data.duplicates.compute_signature`).
         landmarks: what crops share (:func:`useg.data.duplicates.find_landmarks`).
     """
@@ -146,6 +152,7 @@ class ImageMeasurement:
     bands: int
     dtype: str
     thumbnail: NDArray[np.float32]
+    tints: NDArray[np.uint8] | None
     signature: NDArray[np.uint8]
     landmarks: Landmarks
 
@@ -289,6 +296,7 @@ def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement
         bands,
         str(image.dtype),
         _make_thumbnail(image),
+        _find_tints(image),
         _compute_fast_signature(image),
         find_landmarks(image),
     )
@@ -460,32 +468,54 @@ def _compute_fast_signature(image: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _make_thumbnail(image: NDArray[Any]) -> NDArray[np.float32]:
-    """Reduce an image ``(H, W, C)`` to a grey thumbnail of ``THUMBNAIL_SHAPE``.
-
-    A cell is the mean of at least 4 x 4 pixels, if the image has them.
-    """
-    num_rows, num_columns = THUMBNAIL_SHAPE
-    H, W, _ = image.shape
-    step = max(1, min(H // (4 * num_rows), W // (4 * num_columns)))
-    part: NDArray[Any] = image[step // 2 :: step, step // 2 :: step]
+    """Reduce an image ``(H, W, C)`` to a grey thumbnail of ``THUMBNAIL_SHAPE``."""
+    part = _every_nth_pixel(image)
     # Adding bands is several times faster than a mean over so short an axis.
     grey: NDArray[Any] = np.zeros(part.shape[:2], np.float32)
     for band in range(part.shape[2]):
         grey += part[..., band]
     grey /= part.shape[2]
-    h, w = grey.shape
+    return _average_cells(grey)
+
+
+def _find_tints(image: NDArray[Any]) -> NDArray[np.uint8] | None:
+    """Return the tints of the cells of a colour image's thumbnail."""
+    part = _every_nth_pixel(image)
+    if part.shape[2] != 3:
+        return None
+    red, green, blue = (_average_cells(part[..., band].astype(np.float32)) for band in range(3))
+    total = np.maximum(red + green + blue, 1e-6)
+    of_red, of_blue = (np.digitize((band - green) / total, TINT_LIMITS) for band in (red, blue))
+    tints: NDArray[np.uint8] = (of_red * (len(TINT_LIMITS) + 1) + of_blue).astype(np.uint8)
+    return tints
+
+
+def _every_nth_pixel(image: NDArray[Any]) -> NDArray[Any]:
+    """Return at least 4 x 4 pixels of each cell of a thumbnail, if the image has them."""
+    num_rows, num_columns = THUMBNAIL_SHAPE
+    H, W, _ = image.shape
+    step = max(1, min(H // (4 * num_rows), W // (4 * num_columns)))
+    part: NDArray[Any] = image[step // 2 :: step, step // 2 :: step]
+    return part
+
+
+def _average_cells(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the means ``THUMBNAIL_SHAPE`` of the cells of values ``(H, W)``."""
+    num_rows, num_columns = THUMBNAIL_SHAPE
+    h, w = values.shape
     if h < num_rows or w < num_columns:
         rows, columns = (
             np.arange(num_rows) * h // num_rows,
             np.arange(num_columns) * w // num_columns,
         )
-        grey = grey[np.ix_(rows, columns)]
-        h, w = grey.shape
-    if image.dtype.kind == "f":
-        grey = np.nan_to_num(grey, posinf=0, neginf=0)
+        values = values[np.ix_(rows, columns)]
+        h, w = values.shape
+    if not np.isfinite(values).all():
+        values = np.nan_to_num(values, posinf=0, neginf=0)
     rows, columns, areas = _thumbnail_cells(h, w)
-    sums = np.add.reduceat(np.add.reduceat(grey, rows, 0), columns, 1)
-    return (sums / areas).astype(np.float32)
+    sums = np.add.reduceat(np.add.reduceat(values, rows, 0), columns, 1)
+    means: NDArray[np.float32] = (sums / areas).astype(np.float32)
+    return means
 
 
 @lru_cache(maxsize=64)

@@ -79,6 +79,8 @@ CHECKS: tuple[Check, ...] = (
     balance.check_class_pixels,
     balance.check_split_shares,
     balance.check_constant_region,
+    balance.check_negative_images,
+    balance.check_exchanged_image_colors,
     leaks.check_video_sequences,
     stored_values.describe_stored_values,
 )
@@ -90,6 +92,15 @@ _EDGE_CHECKS = (
     alignment.check_common_turn,
     alignment.check_exchanged_masks,
     single_masks.check_single_masks,
+)
+
+# Training repeats these warnings: with such images or masks, a model would learn something wrong.
+_DOUBTS = (
+    "negative images",
+    "red and blue of images exchanged",
+    "outlines too wide or too narrow",
+    "masks fit no images",
+    single_masks.NO_FIT_KIND,
 )
 
 # The last check sees only the pairs in which the others found no error.
@@ -291,12 +302,15 @@ def survey_dataset(
     )
 
 
-def refuse_unsound(dataset: Dataset) -> None:
+def refuse_unsound(dataset: Dataset) -> tuple[str, ...]:
     """Refuse a data set in which ``useg inspect`` finds errors; training calls this first.
 
     Args:
         dataset: its pairs, with the class table and the splits decided. If nothing has changed
             since it was last found to be sound, no file is decoded.
+
+    Returns:
+        Warnings that images or masks may be wrong, in sentences.
 
     Raises:
         DataError: there are errors; the message lists them and the remedies.
@@ -305,16 +319,25 @@ def refuse_unsound(dataset: Dataset) -> None:
     if folder is not None:
         with suppress(OSError):
             splits = " ".join(pair.split for pair in dataset.pairs)
-            key = cache_folder.make_cache_key(folder, dataset, dataset.pairs, "sound", splits)
-    if folder is not None and key is not None and cache_folder.find_cached(folder, key.key):
-        return
-    errors = [each for each in survey_dataset(dataset).findings if each.severity == "error"]
+            key = cache_folder.make_cache_key(folder, dataset, dataset.pairs, "doubts", splits)
+    if folder is not None and key is not None:
+        with suppress(OSError):
+            if entry := cache_folder.find_cached(folder, key.key):
+                return tuple((entry / "doubts").read_text("utf-8").splitlines())
+    findings = survey_dataset(dataset).findings
+    errors = [each for each in findings if each.severity == "error"]
     if errors:
         raise DataError(_describe_errors(errors, dataset))
+    doubts = tuple(
+        " ".join(f"useg inspect warns: {each.message}; {each.remedy}".split())
+        for each in findings
+        if each.kind in _DOUBTS
+    )
     if folder is not None and key is not None:
         with suppress(OSError), cache_folder.create_cached(folder, key.key) as entry:
-            (entry / "sound").touch()
+            (entry / "doubts").write_text("\n".join(doubts), "utf-8")
             key.check()
+    return doubts
 
 
 def _describe_errors(errors: Sequence[Finding], dataset: Dataset) -> str:

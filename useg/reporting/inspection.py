@@ -334,7 +334,7 @@ def _draw_two(pairs: Sequence[Pair], dataset: Dataset) -> CaptionedPictures:
 
 
 def _draw_neighbours(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    """Draw a training image and the validation image next to it."""
+    """Draw an image and another one, beside which the finding puts it."""
     pairs = (_find_pair(path, dataset) for path in (finding.evidence["beside"], finding.files[0]))
     return [
         (f"{pair_name(pair, dataset.root)} ({pair.split})", to_picture(read_pair_image(pair)))
@@ -490,6 +490,7 @@ EVIDENCE_DRAWERS: dict[str, EvidenceDrawer] = {
     "turned mask": _draw_repair,
     "turned masks": _draw_repair,
     "misplaced masks": _draw_repair,
+    "outlines too wide or too narrow": _draw_pair,
     "unknown value": _draw_repair,
     "grey levels of a palette": _draw_repair,
     "smeared mask": _draw_repair,
@@ -508,6 +509,8 @@ EVIDENCE_DRAWERS: dict[str, EvidenceDrawer] = {
     "near duplicates across splits": _draw_duplicates,
     "same image, different masks": _draw_duplicates,
     "validation beside training": _draw_neighbours,
+    "negative images": _draw_neighbours,
+    "red and blue of images exchanged": _draw_neighbours,
     "looks like a film": _draw_frames,
     "blank image": _draw_pair,
     "odd exposure": _draw_pair,
