@@ -11,6 +11,7 @@ that starts with ``=`` is a formula.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import math
@@ -70,6 +71,12 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     if len(content) > status.st_size:
         raise ValueError("it grows while useg reads it")
     return content
+
+
+def decode_text(content: bytes, errors: str = "surrogateescape") -> str:
+    """Decode UTF-8, or UTF-16 if the content begins with its mark, as spreadsheets write it."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -254,7 +254,7 @@ def test_an_array_with_a_band_for_each_class_holds_ids(tmp_path: Path) -> None:
     assert np.array_equal(read_label(dataset.pairs[3], dataset), yard(3)[1])
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "output.manifest"])
+@pytest.mark.parametrize("name", ["metadata.csv", "utf16.csv", "metadata.jsonl", "output.manifest"])
 def test_a_table_wins_where_a_few_names_agree_by_accident(tmp_path: Path, name: str) -> None:
     rows = []
     for k in range(8):
@@ -266,7 +266,8 @@ def test_a_table_wins_where_a_few_names_agree_by_accident(tmp_path: Path, name: 
         lines = ["file_name,mask", *(f"{row['file_name']},{row['mask']}" for row in rows)]
     else:
         lines = [json.dumps(row) for row in rows]
-    (tmp_path / name).write_text("\n".join(lines))
+    encoding = "utf-16" if name == "utf16.csv" else "utf-8"
+    (tmp_path / name).write_text("\n".join(lines), encoding)
     dataset = find_dataset(tmp_path)
     assert {pair.image.name: pair.mask.name for pair in dataset.pairs} == {
         f"pic{k * 5}.jpg": f"z{k * 3 % 8}.png" for k in range(8)
@@ -320,6 +321,20 @@ def test_tables_of_run_lengths_are_read_in_the_order_that_the_shapes_show(
     assert {pair.image.name for pair in dataset.pairs} == truth.keys()
     for pair in dataset.pairs:
         assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])
+
+
+def test_each_column_of_run_lengths_is_a_class(tmp_path: Path) -> None:
+    rows = ["image,rle_ant,bee_rle,EncodedPixels_cow"]
+    for k in range(3):
+        pixels, label = ellipses(k)
+        save(tmp_path / f"a{k}.png", pixels)
+        # The first rows have no cow.
+        cells = [count_runs(label == value, "F") for value in (1, 2, 3)]
+        rows.append(",".join([f"a{k}.png", *cells[:2], cells[2] if k == 2 else ""]))
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "ant", "bee", "cow")
+    assert np.array_equal(read_label(dataset.pairs[2], dataset), ellipses(2)[1])
 
 
 def write_three_rows(folder: Path, runs: str) -> None:

@@ -24,7 +24,7 @@ from useg.data.dataset import pick_evenly
 from useg.data.mask_content import channels_of
 from useg.errors import UsageError
 from useg.images.files import list_files
-from useg.parsing import read_limited
+from useg.parsing import decode_text, read_limited
 
 NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")
 _MAX_BYTES = 1 << 20
@@ -172,7 +172,7 @@ def read_name_file(file: Path) -> list[NamedClasses]:
         if suffix in (".xml", ".qml"):
             lists = _lists_of_xml(read_xml(file))
         else:
-            text = read_limited(file, _MAX_BYTES).decode("utf-8-sig", "replace")
+            text = decode_text(read_limited(file, _MAX_BYTES), "replace")
             if suffix == ".json":
                 lists = _lists_of(json.loads(text))
             elif suffix in (".yaml", ".yml"):

@@ -30,7 +30,7 @@ from useg.errors import DataError, format_count
 from useg.files import replacing
 from useg.images.formats import ALL_PAGES
 from useg.ownership import is_own_split
-from useg.parsing import open_file, parse_json, read_limited, to_cell
+from useg.parsing import decode_text, open_file, parse_json, read_limited, to_cell
 
 # What may stand beside a split in a folder's name, apart from numbers: stage1_train, train_data.
 _NEUTRAL_WORDS = frozenset(
@@ -256,7 +256,7 @@ def _read_split_table(path: Path) -> dict[str, list[str]]:
             header = file.readline(_MAX_HEADER_BYTES).decode("utf-8-sig", "replace")
         if not is_json and not all(_find_columns(header.strip().split(","))):
             return found
-        text = read_limited(path, _MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
+        text = decode_text(read_limited(path, _MAX_LIST_BYTES))
         if is_json:
             content = parse_json(text)
             for name, listed in content.items() if isinstance(content, dict) else ():
@@ -320,7 +320,7 @@ def _read_group(
 def _read_lines(path: Path, most: int) -> list[str]:
     """Return the lines of a list, at most one more than ``most``."""
     try:
-        text = read_limited(path, _MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
+        text = decode_text(read_limited(path, _MAX_LIST_BYTES))
     except (OSError, ValueError):
         return []
     lines = (line.strip() for line in io.StringIO(text, newline=None) if line[0] != "#")

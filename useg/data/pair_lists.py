@@ -19,7 +19,7 @@ from useg.data.official_splits import split_of_list
 from useg.data.truth import is_photograph
 from useg.errors import DataError, format_count
 from useg.images.files import list_files, list_image_files, natural_key
-from useg.parsing import parse_json, read_limited
+from useg.parsing import decode_text, parse_json, read_limited
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".manifest")
 _LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", *_JSON_SUFFIXES)
@@ -103,7 +103,7 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
         separators = max(map(content.count, (b"\t", b";", b","))) or content.count(b" ")
         if content.count(b"\n") + content.count(b"\r") + separators > _MAX_CELLS:
             return None
-        text = content.decode("utf-8-sig", "surrogateescape")
+        text = decode_text(content)
         read = _split_json if table.suffix.lower() in _JSON_SUFFIXES else _split_rows
         rows = [row for row in read(text) if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error):

@@ -70,6 +70,14 @@ def test_coco_is_read_as_roboflow_exports_it(tmp_path):
     ]
 
 
+def test_lvis_names_images_by_address(tmp_path):
+    write_photo(tmp_path / "train2017" / "a.jpg")
+    content = coco({"category_id": 3, "segmentation": [BOX]})
+    content["images"] = [{"id": 7, "coco_url": "http://images.example/train2017/a.jpg"}]
+    write_file(tmp_path / "lvis_v1_train.json", content)
+    assert images_and_splits(find_dataset(tmp_path))[0][0] == "train2017/a.jpg"
+
+
 def test_coco_masks_and_crowds_are_read_compressed_or_not(tmp_path):
     write_photo(tmp_path / "images" / "a.jpg")
     mask = np.zeros(SIZE[::-1], bool)
@@ -297,6 +305,25 @@ def test_yolo_is_read_as_roboflow_exports_it_with_unlabelled_images(tmp_path):
         for name in ("a", "empty")
     ]
     assert not read_first_label(dataset, 1).any()
+
+
+def test_yolo_is_read_beside_the_images_as_darknet_keeps_it(tmp_path):
+    for name in ("a", "b", "empty"):
+        write_photo(tmp_path / "obj" / f"{name}.jpg")
+    write_file(tmp_path / "obj" / "a.txt", f"1 {OUTLINE}\n")
+    write_file(tmp_path / "obj" / "b.txt", f"0 {OUTLINE}\n")
+    write_file(tmp_path / "obj" / "classes.txt", "cat\ndog\n")
+    dataset = find_dataset(tmp_path)
+    assert (dataset.layout, dataset.classes.names) == ("yolo", ("background", "cat", "dog"))
+    assert (read_first_label(dataset) == expect_block(2, 1, 3, 5, 9)).all()
+    assert len(dataset.pairs) == 3
+
+
+def test_notes_beside_images_are_no_outlines(tmp_path):
+    write_photo(tmp_path / "a.jpg")
+    write_file(tmp_path / "a.txt", "3 cats on a mat, seen from above\n")
+    with pytest.raises(DataError, match="has no pairs of image and mask"):
+        find_dataset(tmp_path)
 
 
 def test_yolo_classes_without_names_are_numbered(tmp_path):

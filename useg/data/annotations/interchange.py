@@ -47,7 +47,7 @@ from useg.data.annotations.rasterize import (
     pack_outline,
 )
 from useg.errors import DataError, format_count
-from useg.parsing import read_limited
+from useg.parsing import open_file, read_limited
 
 # COCO
 
@@ -141,7 +141,10 @@ def _read_images(
     for image in content["images"]:
         with reading.skipping(path, "COCO"):
             size = parse_declared_size(image.get("width"), image.get("height"))
-            entries[image["id"]] = AnnotatedImage(path, str(image["file_name"]), Drawing((), size))
+            # LVIS has no names, but addresses.
+            is_named = "file_name" in image or "coco_url" not in image
+            name = image["file_name"] if is_named else str(image["coco_url"]).rpartition("/")[2]
+            entries[image["id"]] = AnnotatedImage(path, str(name), Drawing((), size))
     return entries
 
 
@@ -265,6 +268,19 @@ def find_label_file(image: Path, root: Path) -> Path | None:
 
 # Outlines may leave the image by so much, and coordinates in pixels are higher.
 _MAX_FRACTION = 2
+
+
+def begins_like_yolo(path: Path) -> bool:
+    """Return whether a text file begins with a line of YOLO: a class and fractions."""
+    try:
+        with open_file(path) as file:
+            words = file.readline(_MAX_TEXT_BYTES).split()
+        numbers = [float(word) for word in words[1:]]
+    except (OSError, ValueError):
+        return False
+    has_class = bool(words) and words[0].isdigit()
+    has_points = len(words) == 5 or (len(words) >= 7 and len(words) % 2 == 1)
+    return has_class and has_points and all(-1 <= x <= _MAX_FRACTION for x in numbers)
 
 
 def read_yolo(

@@ -43,6 +43,7 @@ from useg.data.annotations.formats import (
     read_xml,
 )
 from useg.data.annotations.interchange import (
+    begins_like_yolo,
     find_label_file,
     is_coco,
     is_coco_panoptic,
@@ -358,7 +359,14 @@ def _find_yolo(reading: Reading) -> DetectedLayout | None:
     root = reading.root
     places = [(image, find_label_file(image, root)) for image in reading.images]
     pairs = [(image, labels) for image, labels in places if labels is not None]
-    return _pair_yolo(reading, pairs) if any(labels.is_file() for _, labels in pairs) else None
+    if any(labels.is_file() for _, labels in pairs):
+        return _pair_yolo(reading, pairs)
+    # Darknet keeps the text files beside the images.
+    texts = set(list_files(root, (".txt",)))
+    beside = [(image, image.with_suffix(".txt")) for image in reading.images] if texts else []
+    folders = {path.parent for _, path in beside if path in texts and begins_like_yolo(path)}
+    pairs = [(image, path) for image, path in beside if path.parent in folders]
+    return _pair_yolo(reading, pairs) if pairs else None
 
 
 def pair_yolo(root: Path, pairs: Sequence[tuple[Path, Path]]) -> DetectedLayout:

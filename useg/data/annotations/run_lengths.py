@@ -1,7 +1,8 @@
 """Kaggle's tables of run lengths -> the shapes on each image.
 
 A table (``train.csv`` with ``ImageId,ClassId,EncodedPixels``) has a row for each object, or for
-each class of an image: ``start length start length ...``. It does not say whether the runs follow
+each class of an image: ``start length start length ...``; or a column for each class. It does not
+say whether the runs follow
 the columns or the rows of the image. In the true order the shapes have shorter boundaries; where
 images are square, stronger edges lie along them. It does not say either whether pixels are counted
 from 1 or from 0, or from the end of the run before.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,11 +37,17 @@ from useg.images.files import natural_key, read_image
 from useg.parsing import open_file
 
 _RUNS = re.compile(r"[0-9]+ [0-9]+( [0-9]+ [0-9]+)*")
-_RUNS_HEADER = re.compile(r"encod|\brle|run.?length|segmentation|annotation|mask", re.IGNORECASE)
+_RUNS_HEADER = re.compile(
+    r"encoded.?pixels?|encod(ed|ing)?|(?<![a-z])rles?(?![a-z])|run.?lengths?"
+    r"|segmentation|annotation|masks?",
+    re.IGNORECASE,
+)
 _IMAGE_HEADER = re.compile(r"id|(image|img|file)(?!.*(mask|width|height)).*", re.IGNORECASE)
 _CLASS_HEADER = re.compile(r".*(class|label|categor|type).*", re.IGNORECASE)
 # The beginning of a table shows whether it has run lengths.
 _NUM_BYTES_LOOKED_AT = 1 << 16
+# Cells without runs.
+_EMPTY = ("", "-1", "nan")
 # A line with more cells is skipped.
 _MAX_COLUMNS = 100
 # Images whose masks show the order of the runs, and how much better one order must be.
@@ -52,11 +60,15 @@ _MIN_AT_BORDER, _MIN_BORDER_GAIN = 6, 4
 
 @dataclass(frozen=True)
 class _RunColumns:
-    """Which columns of a table have the image, the runs, and the class or None."""
+    """Which columns of a table have the image, the runs, and the class or None.
+
+    Each of several columns of runs has a class, which its header names.
+    """
 
     image: int
-    runs: int
+    runs: Sequence[int]
     kind: int | None
+    names: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -93,14 +105,7 @@ def is_run_length_csv(path: Path) -> bool:
             text = file.read(_NUM_BYTES_LOOKED_AT).decode("utf-8-sig", "replace")
     except OSError:
         return False
-    rows = _split_table(text)
-    columns = _find_run_columns(next(rows, []))
-    if columns is None:
-        return False
-    cells = [row[columns.runs] for row in rows if len(row) > columns.runs]
-    # The last one may be cut.
-    shown = [cell for cell in cells if cell not in ("", "-1")][:-1] or cells
-    return bool(shown) and all(map(_RUNS.match, shown))
+    return _find_run_columns(text) is not None
 
 
 def _split_table(text: str) -> Iterator[list[str]]:
@@ -115,12 +120,24 @@ def _split_table(text: str) -> Iterator[list[str]]:
         yield [cell.strip() for cell in cells]
 
 
-def _find_run_columns(header: Sequence[str]) -> _RunColumns | None:
-    runs = next((k for k, name in enumerate(header) if _RUNS_HEADER.search(name)), None)
-    names = [(k, name) for k, name in enumerate(header) if k != runs]
+def _find_run_columns(text: str) -> _RunColumns | None:
+    """Find the columns by the beginning of a table, whose last row may be cut."""
+    header, *rows = list(_split_table(text)) or [[]]
+    rows = rows[:-1] or rows
+    named = [k for k, name in enumerate(header) if _RUNS_HEADER.search(name)]
+    cells = {k: [row[k] for row in rows if len(row) > k and row[k] not in _EMPTY] for k in named}
+    runs = [k for k in named if all(map(_RUNS.match, cells[k]))]
+    names = [(k, name) for k, name in enumerate(header) if k not in runs]
     image = next((k for k, name in names if _IMAGE_HEADER.fullmatch(name)), None)
     kind = next((k for k, name in names if k != image and _CLASS_HEADER.fullmatch(name)), None)
-    return None if runs is None or image is None else _RunColumns(image, runs, kind)
+    # Among several columns, those of rare classes may begin with empty cells.
+    full = [k for k in runs if cells[k]]
+    if not full or image is None:
+        return None
+    if kind is not None or len(runs) == 1:
+        return _RunColumns(image, full[:1], kind, [""])
+    kinds = [_RUNS_HEADER.sub("", header[k], count=1).strip(" _-.:()[]") for k in runs]
+    return _RunColumns(image, runs, None, kinds)
 
 
 def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotations:
@@ -129,13 +146,14 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     Raises:
         DataError: The content does not fit the format.
     """
-    rows = _split_table(content.decode("utf-8-sig"))
-    columns = _find_run_columns(next(rows))
+    text = content.decode("utf-8-sig")
+    columns = _find_run_columns(text[:_NUM_BYTES_LOOKED_AT])
     assert columns is not None
+    rows = itertools.islice(_split_table(text), 1, None)
     entries: dict[str, AnnotatedImage] = {}
     listed: dict[str, tuple[list[str], array[int], list[int]]] = {}
     for row in rows:
-        if len(row) <= max(columns.image, columns.runs, columns.kind or 0):
+        if len(row) <= max(columns.image, *columns.runs, columns.kind or 0):
             continue
         image, kind = row[columns.image], "" if columns.kind is None else row[columns.kind]
         if image not in entries and reading.find(_entry(path, image)) is None and "_" in image:
@@ -143,12 +161,13 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
             image, _, kind = image.rpartition("_")
         if image not in entries:
             entries[image], listed[image] = _entry(path, image), ([], array("q"), [])
-        if row[columns.runs] not in ("", "-1") and reading.find(entries[image]) is not None:
+        for column, of_column in zip(columns.runs, columns.names, strict=True):
+            if row[column] in _EMPTY or reading.find(entries[image]) is None:
+                continue
             with reading.skipping(path, "run lengths", image):
-                name = normalize_class_name(
-                    f"class {kind}" if kind.isdecimal() else kind or "foreground"
-                )
-                runs = _parse_runs(row[columns.runs], entries[image])
+                name = of_column or kind or "foreground"
+                name = normalize_class_name(f"class {name}" if name.isdecimal() else name)
+                runs = _parse_runs(row[column], entries[image])
                 names, numbers, ends = listed[image]
                 numbers.extend(runs)
                 names.append(name)
