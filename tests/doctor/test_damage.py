@@ -134,15 +134,19 @@ def test_unreadable_files_do_not_stop_the_survey(tmp_path: Path) -> None:
     image, mask = tmp_path / "images" / "elm.png", tmp_path / "masks" / "fir.png"
     image.write_text("x")
     mask.write_bytes(mask.read_bytes()[:60])
+    pointer = tmp_path / "images" / "ash.png"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     survey = survey_folder(tmp_path)
     found = [finding for finding in survey.findings if finding.kind == "unreadable file"]
-    assert [finding.files for finding in found] == [(image,), (mask,)]
-    assert survey.images == (4, 4, 4)
-    assert found[0].severity == "error"
-    assert found[0].message == (
+    assert [finding.files for finding in found] == [(pointer,), (image,), (mask,)]
+    assert survey.images == (3, 3, 3)
+    assert found[0].message == "'images/ash.png' is a Git LFS pointer instead of the file itself"
+    assert found[0].remedy == "run git lfs pull where you cloned the data"
+    assert found[1].severity == "error"
+    assert found[1].message == (
         "'images/elm.png' is a text file with the name of an image, as after a failed download"
     )
-    assert found[0].remedy == "download it again, or remove it"
+    assert found[1].remedy == "download it again, or remove it"
 
 
 def test_size_mismatch_names_both_files_and_sizes(tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ def many_tiles():
         (lambda: b"P5 9 9 99999\n" + bytes(99), "its highest value is 99999"),
         (lambda: b"P2 2 1 9\n3 77", "a value outside of 0 to 9"),
         (lambda: b"P5 # " + b"x" * 9000, "is not an image that useg can read"),
+        (lambda: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer .*; run git"),
         (lambda: npy(GREY)[:200], "is shorter"),
         (lambda: npy(GREY).replace(b"(20, 30)", b"(9000000000000, 30)"), "damaged|declares"),
         (lambda: npy(RGB).replace(b", 3)", b", -3)", 1).replace(b" \n", b"\n", 1), "the shape"),

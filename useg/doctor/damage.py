@@ -22,6 +22,7 @@ from useg.doctor.measure import (
 )
 from useg.errors import format_count, join_names
 from useg.images.files import resize_label
+from useg.images.formats import GIT_LFS_START
 from useg.parsing import open_file
 
 # How the files of each format begin.
@@ -56,7 +57,6 @@ FORMAT_SUFFIX = {
     "TIFF": ".tif",
 }
 
-_LFS_START = b"version https://git-lfs"
 _MARKUP_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 
 # Minimum size of a data set in which images of unusual sizes, at most 2 % of it, are listed.
@@ -74,7 +74,7 @@ def detect_file_format(path: Path) -> str:
         start = file.read(256)
     if not start:
         return "empty"
-    if start.startswith(_LFS_START):
+    if start.startswith(GIT_LFS_START):
         return "Git LFS pointer"
     if start.lstrip().lower().startswith(_MARKUP_STARTS):
         return "web page"
@@ -135,9 +135,6 @@ def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
         if file_format == "empty":
             message = f"'{name}' is empty (0 bytes): a copy or download failed"
             remedy = "copy it again, or remove it"
-        elif file_format == "Git LFS pointer":
-            message = f"'{name}' is a Git LFS pointer instead of the file itself"
-            remedy = "run git lfs pull where you cloned the data"
         elif file_format in ("text", "web page"):
             noun = "text file" if file_format == "text" else file_format
             message = f"'{name}' is a {noun} with the name of an image, as after a failed download"

@@ -34,9 +34,11 @@ from useg.images.formats import (
     EXTRA_BYTES,
     FLAT_HELD,
     FLAT_PIXELS,
+    GIT_LFS_START,
     JPEG_HELD,
     BlockCount,
     Container,
+    GitLfsPointerError,
     StoredPixels,
     UnreadableError,
     check_declared_size,
@@ -299,7 +301,12 @@ _PLUGINS: dict[str, Callable[[BinaryIO], PIL.Image.Image]] = {
 
 
 def read_container(file: BinaryIO) -> Container:
-    """Read what a file declares; any but the formats above is an UnidentifiedImageError."""
+    """Read what a file declares.
+
+    Raises:
+        GitLfsPointerError: It is not downloaded yet.
+        UnidentifiedImageError: It has none of the formats above.
+    """
     file.seek(0)
     start = file.read(132)
     for is_form, read in _READERS:
@@ -312,6 +319,8 @@ def read_container(file: BinaryIO) -> Container:
             if min(container.size) < 1:
                 raise ValueError("it declares a size of {}x{}".format(*container.size))
             return container
+    if start.startswith(GIT_LFS_START):
+        raise GitLfsPointerError
     raise PIL.UnidentifiedImageError("unknown format")
 
 

@@ -97,6 +97,14 @@ UNREAD_SUFFIXES = {
 }
 
 
+# Git Large File Storage leaves a text file that begins so where a file is not downloaded yet.
+GIT_LFS_START = b"version https://git-lfs"
+
+
+class GitLfsPointerError(Exception):
+    """A file that Git LFS has not downloaded yet."""
+
+
 class TooLargeError(Exception):
     """A declared size above the limit."""
 
@@ -310,6 +318,11 @@ def clear_errors(name: str) -> Iterator[None]:
     except (IsADirectoryError, PermissionError) as error:
         raise DataError(
             f"'{name}' cannot be read: {error.strerror}; give a readable image file"
+        ) from error
+    except GitLfsPointerError as error:
+        raise DataError(
+            f"'{name}' is a Git LFS pointer instead of the file itself; "
+            "run git lfs pull where you cloned the data"
         ) from error
     except PIL.UnidentifiedImageError as error:
         raise DataError(
