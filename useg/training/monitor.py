@@ -369,6 +369,9 @@ def _explain_missed_classes(
         ]
         return f"the model hardly ever finds {', '.join(found)}"
 
+    def it(classes: Sequence[int]) -> str:
+        return "it" if len(classes) == 1 else "them"
+
     def never_learned(classes: Sequence[int], message: str, remedy: str) -> Notice:
         return Notice(f"never learned: {', '.join(names[k] for k in classes)}", message, remedy)
 
@@ -376,22 +379,22 @@ def _explain_missed_classes(
         yield never_learned(
             absent,
             f"no training mask shows {join_names([names[k] for k in absent], MAX_NAMES)}, "
-            "but validation masks do: what is never shown cannot be learned",
+            f"but validation masks do, so the model cannot learn {it(absent)}",
             "move images with such classes to training in split.csv, or label some",
         )
     if rare := [k for k in classes if 0 < shares[k] < _RARE_SHARE]:
         percent = join_names([f"{100 * shares[k]:.2f} %" for k in rare], MAX_NAMES)
         yield never_learned(
             rare,
-            f"{hardly_found(rare)}: only {percent} of the training pixels show it",
+            f"{hardly_found(rare)}: only {percent} of the training pixels show {it(rare)}",
             "label more images with rare classes, or set a smaller data.crop so that they "
             "fill more of a crop",
         )
     if confused := [k for k in classes if shares[k] >= _RARE_SHARE]:
         yield never_learned(
             confused,
-            f"{hardly_found(confused)}: at this image size the network cannot tell such "
-            "classes apart",
+            f"{hardly_found(confused)}: at this image size, the network may not be able to tell "
+            "such classes apart",
             "set a larger data.size, train longer, or check the masks with useg inspect",
         )
 

@@ -60,8 +60,8 @@ SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
 # and laboratories together (benchmarks/generalise.py).
 PHOTOMETRIC = 0.25
 
-# Training images show other light by themselves if bright ones are this many times as bright as
-# dark ones.
+# Training images already differ in light if bright ones are this many times as bright as dark
+# ones.
 VARIED_LIGHT = 2.25
 
 # Settings that shape a network, and their values for the paper's U-Net.
@@ -237,7 +237,7 @@ def choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
 def choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tuple[float, str]:
     """Return the encoder's learning rate as a share of the decoder's, and the reason."""
     if model.start:
-        return ENCODER_RATE, "the encoder also learns what the new images show"
+        return ENCODER_RATE, "the encoder adapts to the new images"
     if vertical_information < MIN_VERTICAL_INFORMATION:
         return (
             ENCODER_RATE,
@@ -252,7 +252,7 @@ def choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tu
 def choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
     """Return the share of the steps at half the size, and the reason."""
     if settings.model.start:
-        return 0.0, "every step is at full size, which the model that it starts from has learned"
+        return 0.0, "every step is at full size, because the initial model was trained at that size"
     if not is_timed:
         return 0.0, "every step is at full size if steps or epochs are set"
     if settings.model.encoder not in encoders.ENCODERS:
@@ -273,21 +273,21 @@ def choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
 def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
     """Return the range of the random zoom and the reason."""
     if position_information >= MIN_POSITION_INFORMATION:
-        return SCENE_ZOOM, "whole scenes show things of many sizes already"
+        return SCENE_ZOOM, "whole scenes already show objects of many sizes"
     return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
 
 
 def choose_photometric(position_information: float, dataset: Dataset) -> tuple[float, str]:
     """Return the strength of the photometric augmentation and the reason."""
     if position_information < MIN_POSITION_INFORMATION:
-        return 0.0, "changed colours have gained nothing with images that are not of whole scenes"
+        return 0.0, "changing colours did not help on images that are not whole scenes"
     light = measure_light(dataset)
     if light >= VARIED_LIGHT:
         return 0.0, (
-            f"the training images show other light by themselves: bright ones are {light:.1f} "
-            "times as bright as dark ones"
+            f"the training images already differ in light: bright ones are {light:.1f} times as "
+            "bright as dark ones"
         )
-    return PHOTOMETRIC, "new images of whole scenes come from other cameras, places and light"
+    return PHOTOMETRIC, "new images of whole scenes may differ in camera, place and light"
 
 
 def measure_light(dataset: Dataset) -> float:
