@@ -30,7 +30,7 @@ def test_causes_name_evidence_and_remedy(scenes: list[SceneFiles], tmp_path: Pat
         for name, planted in CAUSES.items()
     }
     few = causes["few examples"]
-    assert few.message == "the training set contains little Vehicles"
+    assert few.message == "the training set has few examples of Vehicles"
     assert re.fullmatch(
         r"about \d of 24 training images contain the class, which has [0-9.]+ % of the training "
         r"pixels",

@@ -126,6 +126,17 @@ def test_overfitting_and_underfitting_come_first(
     assert causes_of(dataset, predictor)[0].kind == kind
 
 
+def test_a_model_that_has_learned_nothing_has_no_causes_of_single_classes(
+    scenes: list[SceneFiles], tmp_path: Path
+) -> None:
+    def answer(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        prediction = rng.integers(0, len(CARLA), sample.label.shape, np.uint8)
+        return prediction, usual_confidence(prediction, sample.label, rng)
+
+    causes = causes_of(*plant(tmp_path / "a", scenes, 0, answer))
+    assert [cause.kind for cause in causes] == ["learnt too little"]
+
+
 def test_pixels_under_the_ignore_mask_are_not_measured(
     scenes: list[SceneFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,9 @@ _MIN_OUTLINE_EDGE = 1.05
 # Fewer pixels on outlines, pixels in masks, or regions show nothing.
 _MIN_OUTLINE_PIXELS, _MIN_PIXELS, _MIN_REGIONS = 100, 50, 8
 
+# A model with a lower mean IoU on training images has learned almost nothing.
+MIN_LEARNED_IOU = 0.1
+
 # Difference of mean IoU between training and held-out images: from the first on, differences
 # between the images matter; from the second on, it is a cause by itself.
 _MIN_IOU_GAP = 0.1
@@ -188,7 +191,7 @@ def check_few_examples(context: EvaluationContext, weak: WeakClass) -> Cause | N
     return Cause(
         weak.name,
         "few examples",
-        f"the training set contains {'little' if num_images else 'almost no'} {weak.name}",
+        f"the training set has {'few' if num_images else 'almost no'} examples of {weak.name}",
         f"{about}{round(num_images)} of {format_count(splits.num_train, 'training image')} contain "
         f"the class, which has {100 * share:.2g} % of the training pixels",
         f"add training images that contain {weak.name}; useg predict --rank shows which images to "

@@ -27,6 +27,7 @@ from useg.doctor.edges import (
 from useg.reporting.cause_rules import (
     ALWAYS_WEAK_IOU,
     CLASS_RULES,
+    MIN_LEARNED_IOU,
     WEAK_IOU,
     EvaluationContext,
     SplitComparison,
@@ -108,13 +109,16 @@ def find_causes(
     if shifted := check_shifted_masks(context):
         # All other measurements mean nothing then.
         return (shifted,)
+    general = check_generalization(context)
+    if general and context.splits and context.splits.train_iou < MIN_LEARNED_IOU:
+        # The errors of a model that has learned almost nothing do not show their causes.
+        return (general, *touching)
     causes = []
     for weak in weak_classes:
         found = [cause for rule in CLASS_RULES if (cause := rule(context, weak))]
         # Wrong labels may be what the other rules find, too.
         is_noise = bool(found) and found[0].kind == "label noise"
         causes += found[: 1 if is_noise else MAX_CAUSES_PER_CLASS]
-    general = check_generalization(context)
     if general and not _is_explained(general, causes, len(weak_classes)):
         causes.insert(0, general)
     return (*causes, *touching)
