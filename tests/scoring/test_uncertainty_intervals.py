@@ -103,10 +103,11 @@ def test_neighbours_in_one_block_make_the_interval_wider() -> None:
             "no interval: 4 blocks of neighbouring images are "
             "too few to estimate how much the scores vary (at least 5 are needed)",
         ),
-        (range(6), "from only 6 images: read the intervals as a rough guide"),
+        (range(6), "the intervals come from only 6 images, so they are a rough guide"),
         (
             [4, 4, 3, 2, 1, 0],
-            "from only 5 blocks of neighbouring images: read the intervals as a rough guide",
+            "the intervals come from only 5 blocks of neighbouring images, "
+            "so they are a rough guide",
         ),
     ],
 )

@@ -455,8 +455,8 @@ def _describe_annotations(folder: Path) -> Iterator[str]:
             continue
         if _ANNOTATED.search(ends):
             yield (
-                f"'{path.relative_to(folder)}' looks like annotations of these images, but the "
-                "masks were taken; to take annotations, name their files as masks in a "
+                f"'{path.relative_to(folder)}' looks like annotations of these images, but "
+                "useg reads the masks; to read annotations, name their files as masks in a "
                 "dataset.toml, otherwise ignore this note"
             )
             return

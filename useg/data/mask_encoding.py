@@ -164,8 +164,8 @@ def find_encoding(
     notes = []
     if alpha is None and (alpha := hold_alpha(masks)):
         notes.append(
-            "the masks have the same colour everywhere and differ in their transparency, so the "
-            "classes were taken from it; to take the colours, set alpha = false in dataset.toml"
+            "the masks have the same colour everywhere and differ in their transparency, so "
+            "useg reads the classes from it; to read the colours, set alpha = false in dataset.toml"
         )
     judgement = _judge_objects(_stored(masks, bool(alpha))) if objects is None else ""
     if are_inferred and objects is None and not alpha:

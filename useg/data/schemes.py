@@ -279,8 +279,8 @@ def tell_carla(pairs: Sequence[Pair]) -> tuple[ClassTable, str]:
         )
     version, table = ("0.9.14", CARLA_0_9_14) if is_new else ("0.9", CARLA_0_9)
     return table, (
-        f"ids up to {highest} are those of CARLA {version}, so its classes were taken, such as "
-        f"1 {table.names[1]}; a classes.toml overrides it"
+        f"ids up to {highest} are those of CARLA {version}, so useg uses its classes, such as "
+        f"1 {table.names[1]}; a classes.toml overrides them"
     )
 
 
@@ -325,8 +325,8 @@ def _take_camvid(found: DetectedLayout, masks: Sequence[Path]) -> DetectedLayout
     if found.layout != "camvid" or not _hold_ids(masks[:3], CAMVID):
         return replace(found, layout="folders")
     note = (
-        "the names of the folders and the ids are those of CamVid, so its classes were taken; a "
-        "classes.toml overrides it"
+        "the names of the folders and the ids are those of CamVid, so useg uses its classes; a "
+        "classes.toml overrides them"
     )
     return replace(found, classes=CAMVID, notes=(*found.notes, note))
 

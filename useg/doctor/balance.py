@@ -133,8 +133,9 @@ def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
             "class missing from validation",
             "warning",
             (),
-            f"the split val has no pixel of {join_names(missing)}",
-            "useg cannot measure their scores; hold out other images with a split.csv",
+            f"the split val has no pixel of {join_names(missing)}, so there is no score for "
+            f"{'it' if len(missing) == 1 else 'them'}",
+            "hold out other images with a split.csv",
         )
     if missing := [names[k] for k in np.flatnonzero((val > 0) & (train == 0))]:
         yield Finding(

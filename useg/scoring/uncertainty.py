@@ -385,7 +385,7 @@ def _note(count: int, num_images: int) -> str:
             f"scores vary (at least {MIN_BLOCKS} are needed)"
         )
     return (
-        f"from only {what}: read the intervals as a rough guide"
+        f"the intervals come from only {what}, so they are a rough guide"
         if count < MIN_RELIABLE_BLOCKS
         else ""
     )
