@@ -16,19 +16,18 @@
 # You know Python and a little PyTorch, and you have never built a network that labels pixels. At
 # the end of this notebook you can
 #
-# 1. **build a U-Net** block by block, know the shape after every layer, and prove that yours is
-#    the network of the paper;
-# 2. **say what separates** a plain convolutional network, a fully convolutional network (FCN) and
-#    a U-Net, and show it with images and numbers;
-# 3. **segment a street** as CARLA's simulated camera sees it, and score the result without
-#    fooling yourself;
-# 4. **compute the loss** that all this is trained with, sparse categorical cross-entropy pixel by
-#    pixel, by hand.
+# 1. **build a U-Net** block by block, name the shape after every layer, and check that your network
+#    is that of the paper;
+# 2. **explain how** a plain convolutional network, a fully convolutional network (FCN) and a U-Net
+#    **differ**, and show it with images and numbers;
+# 3. **segment street scenes** with the classes of the CARLA simulator, and score the result on
+#    images that the model has not seen;
+# 4. **compute the training loss by hand**: sparse categorical cross-entropy, pixel by pixel.
 #
-# Nothing is downloaded: the images are street scenes that the notebook makes, each with its
-# exact truth. Everything runs on a laptop without a GPU in a few minutes.
+# Nothing is downloaded: the notebook generates images of streets, each with its exact labels.
+# Everything runs on a laptop without a GPU in a few minutes.
 #
-# **How to run it.** This file is a notebook written as plain Python. From the folder that holds
+# **How to run it.** This file is a notebook written as plain Python. In the folder that contains
 # `docs`:
 #
 # ```sh
@@ -37,16 +36,16 @@
 # jupyter lab docs/tutorial.ipynb              # then: Run > Run All Cells
 # ```
 #
-# **How to read it.** There are seven exercises. Each has a cell for your answer, a solution
-# (folded away: try first) and a cell that checks you. An exercise that you leave empty is filled
-# in by its solution, so the notebook always runs to its end.
+# **How to read it.** There are seven exercises. Each has a cell for your answer, a hidden solution
+# (try the exercise first) and a cell that checks your answer. If you leave an exercise empty, the
+# notebook uses the solution, so it always runs to its end.
 #
-# Two papers are behind all this: Long, Shelhamer and Darrell, *Fully Convolutional Networks for
-# Semantic Segmentation*, CVPR 2015; and Ronneberger, Fischer and Brox, *U-Net: Convolutional
+# The networks are those of two papers: Long, Shelhamer and Darrell, *Fully Convolutional Networks
+# for Semantic Segmentation*, CVPR 2015; and Ronneberger, Fischer and Brox, *U-Net: Convolutional
 # Networks for Biomedical Image Segmentation*, MICCAI 2015.
 #
-# First the tools. If you have images of your own in CARLA's layout, name their folder in
-# `DATA`; section 7 then uses them.
+# First the imports. If you have your own images in CARLA's layout, set `DATA` to their folder;
+# section 7 then uses them.
 
 # %%
 import os
@@ -56,7 +55,7 @@ from pathlib import Path
 
 import useg.machine
 
-useg.machine.tune()  # before torch is imported: its threads then share the processor politely
+useg.machine.tune()  # before torch is imported: it sets how torch's threads wait and share
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -70,19 +69,19 @@ from useg.classes import CARLA, IGNORE
 from useg.pictures import add_legend, draw_difference, overlay, paint_label
 from useg.scenes.scene import make_scene, write_scenes
 
-os.environ.setdefault("USEG_CACHE", "off")  # leave no decoded images behind
-DATA = os.environ.get("USEG_TUTORIAL_DATA")  # or write a folder here; None: made street scenes
+os.environ.setdefault("USEG_CACHE", "off")  # keep no decoded images on disk
+DATA = os.environ.get("USEG_TUTORIAL_DATA")  # or a folder; None: generated scenes
 STEPS = int(os.environ.get("USEG_TUTORIAL_STEPS", "800"))  # of training, for each network
-SEED = int(os.environ.get("USEG_TUTORIAL_SEED", "0"))  # of everything random
+SEED = int(os.environ.get("USEG_TUTORIAL_SEED", "0"))  # of all random numbers
 
 # %% [markdown]
-# Two small helpers: `show` sets images beside each other, and `attempt` picks your answer to an
-# exercise, or the solution where you have not written one yet. There is nothing to learn in them.
+# Two helper functions: `show` draws images side by side. `attempt` returns your answer to an
+# exercise, or the solution if you have not written one yet.
 
 
 # %%
 def show(images, titles, columns=4, width=3.0, ids=()):
-    """Set images in rows, each under its title; ``ids`` are the classes to name below."""
+    """Draw images in rows, each with its title; the legend names the classes ``ids``."""
     columns = min(columns, len(images))
     rows, ratio = -(-len(images) // columns), images[0].shape[0] / images[0].shape[1]
     size = (width * columns, rows * (width * ratio + 0.3) + (0.4 if len(ids) else 0))
@@ -110,7 +109,7 @@ def show(images, titles, columns=4, width=3.0, ids=()):
 def attempt(yours, solution, *example):
     """Return your function, or the solution if yours returns nothing yet."""
     if yours(*example) is None:
-        print("not written yet: the solution stands in")
+        print("not written yet; the solution is used")
         return solution
     return yours
 
@@ -118,9 +117,9 @@ def attempt(yours, solution, *example):
 # %% [markdown]
 # ## 1. The task: a class for every pixel
 #
-# A classifier says *there is a car in this image*. Segmentation says *which pixels* are car:
-# its answer is a second image of the same height and width that holds a whole number, the
-# class, at every pixel. We call it a **label map**.
+# A classifier says *there is a car in this image*. Segmentation says *which pixels* belong to the
+# car: its output is a second array of the same height and width, which holds one integer, the
+# class, for every pixel. We call it a **label map**.
 
 # %%
 scene = make_scene(23, (256, 192))
@@ -149,11 +148,11 @@ show(
 plt.show()
 
 # %% [markdown]
-# The thirteen classes are those of the CARLA driving simulator. The colours mean nothing to a
-# network: they are paint for us, one per number. The class called *None* holds all pixels without
-# another class; here that includes the sky.
+# The thirteen classes are those of the CARLA driving simulator. The colours are only for display: a
+# network sees just the numbers. The class called *None* holds all pixels without another class;
+# here that includes the sky.
 #
-# The classes are far from equally frequent. Count their pixels over forty scenes:
+# Some classes are far more frequent than others. Count their pixels in forty scenes:
 
 # %%
 THIN = ("Poles", "RoadLines", "TrafficSigns", "Pedestrians")
@@ -173,9 +172,9 @@ thin = sum(counts[CARLA.names.index(name)] for name in THIN)
 print(f"{', '.join(THIN)} together: {100 * thin / counts.sum():.0f} % of the pixels")
 
 # %% [markdown]
-# Keep that picture in mind. A network that never finds a pole, a line, a sign or a person can
-# still be right at nine pixels of ten. Thin and small things are what makes segmentation hard, and
-# what the U-Net was made for.
+# Remember this chart. A network that never finds a pole, a line, a sign or a person can still
+# classify nine of ten pixels correctly. Thin and small objects make segmentation hard, and there
+# the U-Net has its advantage.
 #
 # > **In one sentence:** segmentation gives every pixel a class, and the rare, thin classes are
 # > where networks differ.
@@ -183,11 +182,11 @@ print(f"{', '.join(THIN)} together: {100 * thin / counts.sum():.0f} % of the pix
 # %% [markdown]
 # ## 2. Build a U-Net
 #
-# ### A convolution, and the border that it costs
+# ### A convolution loses the border
 #
-# A 3 x 3 convolution looks at each pixel with its eight neighbours and adds them up with nine
-# weights. Where a neighbour is missing there is no answer, so one pixel is lost on each side.
-# Here are nine weights that find vertical edges, applied to our scene:
+# A 3 x 3 convolution computes a weighted sum of each pixel and its eight neighbours. Where a
+# neighbour is missing, there is no output, so one pixel is lost on each side. These nine weights (a
+# Sobel filter) detect vertical edges:
 
 # %%
 grey = torch.from_numpy(scene.image).float().mean(2)[None, None]  # (batch, channels, height, width)
@@ -196,21 +195,20 @@ edges = F.conv2d(grey, weights)
 print(tuple(grey.shape), "->", tuple(edges.shape))
 show(
     [grey[0, 0], edges[0, 0].abs().clamp(max=255)],
-    ["grey", "a 3 x 3 convolution: upright edges"],
+    ["grey", "a 3 x 3 convolution: vertical edges"],
     width=4.2,
 )
 plt.show()
 
 # %% [markdown]
-# In a network nobody writes the weights: they are learned, and there are many such filters side
-# by side, called **channels**.
+# In a network, the weights are not written by hand but learned. Each layer has many such filters;
+# the output of each filter is called a **channel**.
 #
 # ### The block: two convolutions
 #
-# A U-Net is made of one block, used again and again: 3 x 3 convolution, ReLU ($\max(x, 0)$), 3 x
-# 3 convolution, ReLU. From here on we follow the paper's own numbers: a grey image of 572 x 572
-# pixels. So that this takes no time, we build on PyTorch's `meta` device, where tensors have a
-# shape but no content.
+# A U-Net repeats one block: 3 x 3 convolution, ReLU ($\max(x, 0)$), 3 x 3 convolution, ReLU. From
+# here on we use the sizes of the paper: a grey image of 572 x 572 pixels. To save time, we put the
+# tensors on PyTorch's `meta` device, where they have a shape but no content.
 
 
 # %%
@@ -227,16 +225,16 @@ with torch.device("meta"):
 print(tuple(x.shape), "->", tuple(y.shape))
 
 # %% [markdown]
-# ### The contracting path: what is there?
+# ### The contracting path: what is in the image
 #
 # The first half of the network is its **contracting path**, or encoder. Max pooling keeps the
-# largest of each 2 x 2 pixels: height and width are halved, so the next 3 x 3 convolution sees
-# twice as far. After each pooling the block has twice as many channels. The paper does this four
-# times.
+# largest of each 2 x 2 values. It halves height and width, so the next 3 x 3 convolution covers
+# twice the distance in the image. After each pooling, the block has twice as many channels. The
+# paper does this four times.
 
 # %%
 widths = [64, 128, 256, 512, 1024]
-kept = []  # what the skip connections will carry over
+kept = []  # for the skip connections
 with torch.device("meta"):
     x = torch.empty(1, 1, 572, 572)
     for level, width in enumerate(widths):
@@ -249,8 +247,8 @@ with torch.device("meta"):
         print()
 
 # %% [markdown]
-# Drawn to scale, the five blocks look like this. From level to level the network knows less about
-# *where* and more about *what*: fewer places, more channels.
+# The drawing shows the five blocks to scale. From level to level, the feature maps get smaller and
+# have more channels: they say less about *where* something is, and more about *what* it is.
 
 # %%
 figure, ax = plt.subplots(figsize=(9, 3), dpi=100, layout="constrained")
@@ -275,16 +273,17 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# ### The expanding path: where is it?
+# ### The expanding path: where it is
 #
-# At the bottom are 1024 numbers at each of 28 x 28 places: good for *what*, too coarse for
-# *where*. The **expanding path**, or decoder, brings the places back. Each step does three things:
+# The lowest level has 1024 channels at 28 x 28 positions: enough for *what*, too coarse for
+# *where*. The **expanding path**, or decoder, restores the resolution. Each of its steps has three
+# parts:
 #
 # - an **up-convolution** (transposed, 2 x 2, stride 2) doubles height and width and halves the
-#   channels;
-# - the **skip connection** fetches the map of the same level from the contracting path, crops it to
-#   the same size, and concatenates both (`torch.cat`): fine detail from the left, meaning from
-#   below;
+#   number of channels;
+# - the **skip connection** takes the feature map of the same level from the contracting path, crops
+#   it to the same size, and concatenates both (`torch.cat`): the map from the contracting path has
+#   the fine detail, the map from below has the context;
 # - a **block** of two convolutions merges both.
 
 
@@ -307,9 +306,9 @@ print("side by side ", tuple(both.shape[1:]), "-> block          ", tuple(merged
 # %% [markdown]
 # ### The whole network
 #
-# Four steps down, a bottom, four steps up, and a 1 x 1 convolution that turns the 64 channels
-# into one number per class at each pixel. These numbers are called **logits**: the larger, the
-# more the network believes in the class.
+# The network has four levels down, the lowest level, four levels up, and a 1 x 1 convolution that
+# turns the 64 channels into one number per class at each pixel. These numbers are called
+# **logits**. The class with the largest logit is the prediction.
 
 
 # %%
@@ -340,9 +339,9 @@ class MyUNet(nn.Module):
 
 
 # %% [markdown]
-# That is all of it. Is it the paper's network? Three checks: the paper's size of the answer (572
-# goes in, 388 comes out), its number of convolution layers (23), and how many numbers there are
-# to learn.
+# That is the whole network. To see whether it is the network of the paper, check three numbers: the
+# size of the output (388 for an input of 572), the number of convolution layers (23), and the
+# number of parameters.
 
 # %%
 with torch.device("meta"):
@@ -357,8 +356,8 @@ print(
 assert (answer.shape[2], layers, parameters) == (388, 23, 31_030_658)
 
 # %% [markdown]
-# And is it the same as `useg.UNet`? Give both the same weights and the same image (188 x 188,
-# the smallest that four poolings without padding can take), and subtract.
+# Is it the same network as `useg.UNet`? Give both the same weights and the same image, and subtract
+# the outputs. The image has 188 x 188 pixels, the smallest size for four poolings without padding.
 
 # %%
 torch.manual_seed(SEED)
@@ -373,11 +372,11 @@ print("largest difference:", gap)
 assert gap == 0
 
 # %% [markdown]
-# Not nearly equal: equal. From here on we may use `useg.UNet`, which is your network with more
-# settings, such as its width, its depth and its padding.
+# The outputs are equal to the last bit. From here on we use `useg.UNet`, which is your network with
+# more settings, such as its width, its depth and its padding.
 #
-# `useg.drawing` draws a network out of its real layers, so the drawing cannot be wrong. Follow
-# the arrows with the printed shapes above:
+# `useg.drawing` draws a network from its actual layers, so the drawing always matches the network.
+# Compare it with the shapes printed above:
 
 # %%
 import re
@@ -386,16 +385,16 @@ drawing = useg.drawing(theirs, (572, 572))
 SVG(re.sub('width="[0-9]+" height="[0-9]+"', 'width="900"', drawing, count=1))  # as wide as a page
 
 # %% [markdown]
-# ### Exercise 1: how large is the answer?
+# ### Exercise 1: the size of the output
 #
-# Write a function that tells the height of the answer for an image of height `size`, for any
-# `depth`, without building a network. A block takes 4 pixels, a pooling halves, an up-convolution
-# doubles.
+# Write a function that returns the height of the output for an image of height `size` and a U-Net
+# of any `depth`, without building the network. A block removes 4 pixels, a pooling halves the
+# height, an up-convolution doubles it.
 
 
 # %% tags=["exercise"]
 def output_size(size, depth):
-    """Return the height that comes out of an unpadded U-Net."""
+    """Return the height of the output of an unpadded U-Net."""
     return None  # your answer here
 
 
@@ -405,7 +404,7 @@ def output_size(size, depth):
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 def output_size_solution(size, depth):
-    """Down, bottom, up."""
+    """Follow the height down and up again."""
     for _ in range(depth):
         size = (size - 4) // 2
     size -= 4
@@ -421,27 +420,27 @@ def output_size_solution(size, depth):
 answer = attempt(output_size, output_size_solution, 572, 4)
 assert answer(572, 4) == 388, (
     f"the paper's image of 572 gives 388, yours gives {answer(572, 4)}; "
-    f"remember the block at the bottom"
+    f"remember the block of the lowest level"
 )
 for depth in (1, 2, 3):
     network = useg.UNet(width=1, depth=depth)
     size = network.valid_size(120)
     real = network(torch.zeros(1, 1, size, size)).shape[-1]
     assert answer(size, depth) == real, (
-        f"{size} pixels and depth {depth}: really {real}, yours says {answer(size, depth)}"
+        f"{size} pixels and depth {depth}: {real} is right, yours says {answer(size, depth)}"
     )
-print("Right: you can follow the sizes through any U-Net.")
+print("Right: you can compute the size after any layer of a U-Net.")
 
 # %% [markdown]
-# ### Exercise 2: how many numbers does a layer learn?
+# ### Exercise 2: the number of parameters of a layer
 #
-# A convolution has one weight for each place of its kernel, each channel that comes in and each
-# that goes out, and one bias for each that goes out.
+# A convolution has one weight for each position in its kernel, each input channel and each output
+# channel, and one bias for each output channel.
 
 
 # %% tags=["exercise"]
 def conv_parameters(channels_in, channels_out, kernel):
-    """Return how many numbers a convolution with a kernel of ``kernel`` x ``kernel`` learns."""
+    """Return the number of parameters of a convolution with a ``kernel`` x ``kernel`` kernel."""
     return None  # your answer here
 
 
@@ -472,19 +471,19 @@ assert count(1, 64, 3) == 640, (
 )
 assert total == 31_030_658, f"all layers have 31,030,658, yours sum up to {total:,}"
 print(
-    "Right: two thirds of them are in the two convolutions at the bottom "
-    "and in the first block after it."
+    "Right: two thirds of them are in the two convolutions of the lowest level "
+    "and in the first block of the expanding path."
 )
 
 # %% [markdown]
 # > **In one sentence:** the contracting path finds out *what* is there, the expanding path *where*,
-# > and skip connections hand the fine maps of the first to the second.
+# > and skip connections pass the fine feature maps of the first to the second.
 
 # %% [markdown]
-# ## 3. The lost border, and how tiles give it back
+# ## 3. The lost border, mirroring and tiles
 #
-# Unpadded convolutions answer only where they have seen all that they need. Here is what a
-# smaller U-Net of depth 3 has no answer for: everything outside the frame.
+# An unpadded convolution has an output only where its whole kernel is inside the image. For a
+# smaller U-Net of depth 3, the frame shows which part of the image has an output.
 
 # %%
 torch.manual_seed(SEED)
@@ -496,9 +495,8 @@ margin = unpadded.margin
 dimmed = street // 3
 dimmed[margin:-margin, margin:-margin] = street[margin:-margin, margin:-margin]
 lost = 1 - (260 - 2 * margin) * (188 - 2 * margin) / (260 * 188)
-ax = show(
-    [street, dimmed], ["what goes in", f"answered: all but {margin} pixels on each side"], width=4.2
-)[0, 1]
+titles = ["input", f"output: all but {margin} pixels on each side"]
+ax = show([street, dimmed], titles, width=4.2)[0, 1]
 ax.add_patch(
     plt.Rectangle(
         (margin - 0.5, margin - 0.5),
@@ -510,21 +508,20 @@ ax.add_patch(
     )
 )
 plt.show()
-print(f"{100 * lost:.0f} % of the pixels get no answer")
+print(f"{100 * lost:.0f} % of the pixels have no output")
 
 # %% [markdown]
-# The way out in section 2 of the paper: outside the image, let the network see the image's
-# **mirror image**. The frame of the answers is then exactly the image. (The alternative is
-# `padding="same"`: zeros are put around the map before every convolution. Nothing is lost and
-# sizes are simple, which is why most U-Nets today do it; but near the border the network sees a
-# black frame that is not there.)
+# Section 2 of the paper has a solution: extend the image by its **mirror image**. Then the output
+# covers exactly the original image. (The alternative is `padding="same"`, which adds zeros around
+# the feature map before every convolution. The output is as large as the input, so most U-Nets
+# today use it. But near the border, the network sees zeros that are not in the image.)
 
 # %%
 around = ((margin, margin), (margin, margin), (0, 0))
 mirrored = np.pad(street, around, mode="symmetric")
 ax = show(
     [mirrored],
-    ["the image with its mirror image around it; the frame is what gets an answer"],
+    ["the image, extended by its mirror image; the output covers the frame"],
     width=6,
 )[0, 0]
 ax.add_patch(
@@ -534,7 +531,7 @@ plt.show()
 
 
 def logits_of(pixels):
-    """Ask the unpadded network: pixels (H, W, 3) -> logits (13, H - 2 margin, W - 2 margin)."""
+    """Run the unpadded network: pixels (H, W, 3) -> logits (13, H - 2 margin, W - 2 margin)."""
     x = torch.from_numpy(np.ascontiguousarray(pixels)).double().permute(2, 0, 1)[None] / 128 - 1
     with torch.no_grad():
         return unpadded(x)[0].numpy()
@@ -546,9 +543,9 @@ print("image", street.shape[:2], "-> logits", whole.shape)
 # %% [markdown]
 # ### Tiles
 #
-# An image that does not fit into memory is cut into windows that overlap by the margin: where one
-# window has no answer, its neighbour has one. Windows of 172 pixels give answers of 84 pixels, so
-# they can stand 84 apart. Or can they? We also try 80.
+# An image that does not fit into memory is cut into windows. They overlap by twice the margin, so
+# that their outputs cover the image. Windows of 172 pixels have outputs of 84 pixels, so it seems
+# that they can be 84 pixels apart. We try this, and 80.
 
 # %%
 WINDOW = 172
@@ -580,9 +577,9 @@ for step, logits in tiled.items():
 assert (tiled[80].argmax(0) == whole.argmax(0)).all()
 
 # %% [markdown]
-# Laid 80 apart the tiles give the answer of the whole image (the last digit of the arithmetic
-# aside). Laid 84 apart they do not, although every tile is a correct answer of the same network.
-# Where do they differ?
+# With windows 80 pixels apart, the result is that of the whole image, except for rounding errors.
+# With windows 84 pixels apart, it is not, although the same network computed every window. Where do
+# the results differ?
 
 # %%
 gaps = [np.abs(tiled[step] - whole).max(0) for step in (84, 80)]
@@ -600,11 +597,11 @@ for spot, step in zip(axes[0, 1:], (84, 80), strict=True):
 plt.show()
 
 # %% [markdown]
-# The reason is the pooling: three poolings put an 8 x 8 grid on the image. A window that starts
-# at a multiple of 8 has its grid where the whole image has it; 84 is no multiple of 8, so there
-# pooling groups other pixels. (The corners agree: they start at 0 and at 2 x 84 = 168
-# = 21 x 8.) With the paper's numbers it is the same: 388 is no multiple of 16, and windows belong
-# 384 apart. `useg` places them so by itself:
+# The reason is the pooling. Three poolings divide the image into a grid of 8 x 8 pixels. If a
+# window starts at a multiple of 8, its grid lies on that of the whole image. 84 is not a multiple
+# of 8, so pooling in those windows combines other pixels. (The windows in the corners agree: they
+# start at 0 and at 2 x 84 = 168 = 21 x 8.) The same holds for the sizes of the paper: 388 is not a
+# multiple of 16, so windows must be 384 apart. `useg` places windows in this way:
 
 # %%
 from useg.inference import tiles
@@ -621,16 +618,16 @@ print("useg's tiles, largest difference:", f"{np.abs(answer - whole).max():.1e}"
 assert (answer.argmax(0) == whole.argmax(0)).all()
 
 # %% [markdown]
-# ### Exercise 3: how far apart?
+# ### Exercise 3: the distance between windows
 #
-# Write the rule: windows of `window` pixels, a network that loses `margin` on each side and has
-# `depth` poolings. How far apart may the windows stand at most, so that no pixel is left out and
-# the answer is that of the whole image?
+# A network loses `margin` pixels on each side and has `depth` poolings. Windows have `window`
+# pixels. What is the largest distance between windows for which every pixel has an output, and the
+# result is that of the whole image?
 
 
 # %% tags=["exercise"]
 def tile_step(window, margin, depth):
-    """Return the largest right distance between two windows, in pixels."""
+    """Return the largest correct distance between two windows, in pixels."""
     return None  # your answer here
 
 
@@ -640,7 +637,7 @@ def tile_step(window, margin, depth):
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 def tile_step_solution(window, margin, depth):
-    """As far as a window answers, rounded down to the grid of the poolings."""
+    """The size of the output of a window, rounded down to the grid of the poolings."""
     stride = 2**depth
     return (window - 2 * margin) // stride * stride
 
@@ -655,31 +652,31 @@ for window, lost, depth, right in ((572, 92, 4, 384), (172, 44, 3, 80), (140, 20
     assert said == right, (
         f"a window of {window}, margin {lost}, depth {depth}: {right} is right, yours says {said}"
     )
-print("Right: no seam to hide, because there is none.")
+print("Right: at this distance, there are no seams.")
 
 # %% [markdown]
-# > **In one sentence:** an unpadded U-Net answers for less than it sees; a mirrored border gives
-# > the edge back, and tiles laid on the grid of the poolings give exactly the answer of the whole
+# > **In one sentence:** the output of an unpadded U-Net is smaller than its input; mirroring
+# > restores the border, and tiles on the grid of the poolings give exactly the result of the whole
 # > image.
 
 # %% [markdown]
-# ## 4. How far does a pixel see? The receptive field
+# ## 4. The receptive field
 #
-# The class of a pixel depends on a square of the image around it, its **receptive field**. A
-# grey spot is road or wall or sky: only what is around it can tell. Each 3 x 3 convolution adds
-# one step on each side, and after a pooling a step is twice as long. `useg.describe` follows
-# every layer (right column). For a small U-Net with two poolings:
+# The output for a pixel depends on a square of the image around it, its **receptive field**. A grey
+# pixel may be road, wall or sky: only its surroundings tell. Each 3 x 3 convolution extends the
+# field by one step on each side, and after a pooling, steps are twice as long. `useg.describe`
+# computes the field after every layer (right column). For a small U-Net with two poolings:
 
 # %%
 print(useg.describe(useg.UNet(3, 13, width=8, depth=2, padding="same"), (128, 96)))
 
 # %% [markdown]
-# And here the receptive fields of U-Nets with one to four poolings, as squares on a scene: all
-# for the one pixel in the middle.
+# The squares are the receptive fields of the pixel in the middle, for U-Nets with one to four
+# poolings.
 
 # %%
 wide = make_scene(23, (320, 240))
-ax = show([wide.image], ["what the pixel in the middle can see"], width=6)[0, 0]
+ax = show([wide.image], ["receptive fields of the pixel in the middle"], width=6)[0, 0]
 for depth, color in zip((1, 2, 3, 4), ("#ffffff", "#ffe14a", "#ff9d3d", "#ff6f91"), strict=True):
     field = useg.describe(useg.UNet(3, 13, width=2, depth=depth, padding="same"), (320, 240)).field
     name = f"{depth} pooling{'s' * (depth > 1)}: {field} x {field}"
@@ -701,9 +698,9 @@ ax.legend(
 plt.show()
 
 # %% [markdown]
-# One pooling sees a piece of a car, four see the whole situation. But *can see* is not *looks
-# at*. Ask by how much the answer at the middle changes when a pixel of the image changes (that
-# is a gradient): the influence is strong in the middle and fades outwards.
+# With one pooling, the field covers a part of a car; with four, half of the scene. But not all
+# pixels in the field have the same influence. The gradient tells how much the output in the middle
+# changes when a pixel of the image changes. It is large near the middle and decreases outwards.
 
 # %%
 torch.manual_seed(SEED)
@@ -724,8 +721,8 @@ plt.show()
 # %% [markdown]
 # ### Exercise 4: compute a receptive field
 #
-# Begin with a field of 1 and steps of 1 pixel. A layer with a kernel of `k` adds `k - 1` steps to
-# the field; a layer with a stride of `s` makes the steps `s` times as long for those that follow.
+# Begin with a field of 1 and a step of 1 pixel. A layer with a kernel of `k` adds `k - 1` steps to
+# the field. A layer with a stride of `s` makes the steps of all following layers `s` times as long.
 
 
 # %% tags=["exercise"]
@@ -740,7 +737,7 @@ def receptive_field(layers):
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 def receptive_field_solution(layers):
-    """Grow the field, stretch the steps."""
+    """Add to the field, and lengthen the steps."""
     field, step = 1, 1
     for kernel, stride in layers:
         field += (kernel - 1) * step
@@ -754,26 +751,29 @@ def receptive_field_solution(layers):
 # %% tags=["check"]
 grow = attempt(receptive_field, receptive_field_solution, [(3, 1)])
 assert grow([(3, 1), (3, 1)]) == 5, (
-    f"two 3 x 3 convolutions see 5 pixels, yours says {grow([(3, 1), (3, 1)])}"
+    f"two 3 x 3 convolutions have a field of 5 pixels, yours says {grow([(3, 1), (3, 1)])}"
 )
 contracting = [(3, 1), (3, 1), (2, 2)] * 4 + [(3, 1), (3, 1)]
 layers = useg.describe(useg.UNet(), (572, 572)).layers
 bottom = next(layer.field for layer in layers if layer.name == "down.4.2")
 assert grow(contracting) == bottom, (
-    f"at the bottom of the paper's U-Net it is {bottom}, yours says {grow(contracting)}"
+    f"at the lowest level of the paper's U-Net it is {bottom}, yours says {grow(contracting)}"
 )
-print(f"Right: the bottom of the paper's U-Net sees {bottom} pixels; the expanding path adds more.")
+print(
+    f"Right: at the lowest level of the paper's U-Net it is {bottom} pixels; "
+    f"the expanding path adds more."
+)
 
 # %% [markdown]
-# > **In one sentence:** poolings let a pixel see far, which is how a network knows *what*
-# > something is, and it is also how it forgets exactly *where* it was.
+# > **In one sentence:** poolings enlarge the receptive field, which helps to tell *what* something
+# > is, but they lose *where* exactly it is.
 
 # %% [markdown]
 # ## 5. The loss: sparse categorical cross-entropy, pixel by pixel
 #
-# The network writes $K$ logits at each pixel, one per class. Training needs one number that says
-# how wrong they are. Take the smallest image worth the name: 2 x 2 pixels, three classes. The
-# truth is one whole number per pixel.
+# The network computes $K$ logits for each pixel, one per class. Training needs one number that says
+# how wrong they are. We use a tiny image of 2 x 2 pixels and three classes. The ground truth is one
+# integer per pixel.
 
 # %%
 target = np.array([[0, 2], [1, 1]])  # the true class of each pixel
@@ -787,13 +787,13 @@ logits = np.array(  # (3 classes, 2 rows, 2 columns)
 print("truth\n", target, "\nclass of the largest logit\n", logits.argmax(0), sep="")
 
 # %% [markdown]
-# Three pixels are right, the last is wrong, and badly: 5 for class 2, 0 for the true class 1.
-# Three steps lead to the loss.
+# Three pixels are right. The last one is wrong by far: its logit is 5 for class 2, and 0 for the
+# true class 1. The loss is computed in three steps.
 #
 # 1. **Softmax** turns the logits $z$ of a pixel into probabilities: $p_k = e^{z_k} / \sum_j
 #    e^{z_j}$.
-# 2. Of these only that of the true class $t$ counts: the pixel's loss is $-\log p_t$. That is 0
-#    when $p_t = 1$, and grows without end as $p_t$ goes to 0.
+# 2. Only the probability of the true class $t$ counts: the loss of the pixel is $-\log p_t$. That
+#    is 0 when $p_t = 1$, and grows without bound as $p_t$ approaches 0.
 # 3. The loss of the image is the **mean over its pixels**.
 
 # %%
@@ -811,8 +811,8 @@ by_hand = losses.mean()
 print(f"mean: {by_hand:.6f}")
 
 # %% [markdown]
-# The wrong pixel makes nearly all of the loss: being sure *and* wrong is expensive. PyTorch gives
-# the same number, and so does `useg`:
+# The wrong pixel contributes nearly all of the loss: confident errors cost most. PyTorch and `useg`
+# compute the same number:
 
 # %%
 from useg.scoring.losses import cross_entropy
@@ -829,10 +829,11 @@ assert np.isclose(by_hand, cross_entropy(z, t).item())
 # %% [markdown]
 # ### Why "sparse"?
 #
-# The textbook writes the truth **one-hot**: $K$ numbers per pixel, a 1 at the true class and 0
-# elsewhere, and the loss as $-\sum_k y_k \log p_k$. All terms but one are multiplied by 0.
-# *Sparse* means to skip them: the truth stays one whole number that says which term to take. The
-# result is the same; the memory is not. For a batch of eight images and 13 classes:
+# Textbooks write the ground truth **one-hot**: $K$ numbers per pixel, a 1 for the true class and 0
+# for the others. The loss is then $-\sum_k y_k \log p_k$, where all terms but one are multiplied by
+# 0. *Sparse* cross-entropy skips these terms: the ground truth stays one integer, which selects the
+# term. The result is the same, but one-hot labels need far more memory. For a batch of eight images
+# and 13 classes:
 
 # %%
 one_hot = F.one_hot(t, 3).permute(0, 3, 1, 2).double()
@@ -847,11 +848,11 @@ for name, tensor in (
     print(f"{name} {tuple(tensor.shape)!s:>18}  {tensor.nbytes / 1e6:5.1f} MB")
 
 # %% [markdown]
-# ### Pixels that do not count
+# ### Ignored pixels
 #
-# Some pixels have no truth: the border of an object that nobody could draw exactly, the bonnet of
-# the camera car. They get the number 255, **ignore**: they have no part in the sum, nor in the
-# number of pixels that it is divided by, and no gradient. Ignore the wrong pixel:
+# Some pixels have no true class, such as the border of an object that nobody can draw exactly, or
+# the bonnet of the camera's own car. They get the value 255, **ignore**. They contribute nothing to
+# the sum, do not count in the mean, and have no gradient. Ignore the wrong pixel:
 
 # %%
 ignoring = t.clone()
@@ -868,17 +869,17 @@ print("gradient at the ignored pixel:", z_learning.grad[0, :, 1, 1].tolist())
 # %% [markdown]
 # ### Logits, not probabilities
 #
-# In Keras this is the switch `from_logits=True`. PyTorch's `cross_entropy`, and `useg`'s, always
-# expect logits and do the softmax themselves. If the network ends with a softmax as well, nothing
-# breaks, and that is the trouble: the loss is wrong, and nobody is told.
+# In Keras, this is the argument `from_logits=True`. The `cross_entropy` of PyTorch and of `useg`
+# always expects logits and computes the softmax itself. If the network also ends with a softmax,
+# the loss is wrong, and no error is raised.
 
 # %%
-certain = torch.tensor([[[[50.0]], [[0.0]], [[0.0]]]])  # quite sure of class 0, and right
+certain = torch.tensor([[[[50.0]], [[0.0]], [[0.0]]]])  # confident of class 0, and right
 right = torch.tensor([[[0]]])
 print(f"from logits:         {F.cross_entropy(certain, right).item():.4f}")
 print(
     f"softmax done twice:  {F.cross_entropy(certain.softmax(1), right).item():.4f}   "
-    f"and it never gets better"
+    f"the smallest value that it can have"
 )
 huge = torch.tensor([1000.0, 0.0])
 print("exp(1000) overflows, so softmax by hand gives", (huge.exp() / huge.exp().sum()).tolist())
@@ -887,8 +888,8 @@ print("log-softmax from logits is safe:             ", huge.log_softmax(0).tolis
 # %% [markdown]
 # ### Exercise 5: write the loss
 #
-# In numpy, for logits `(K, H, W)` and a truth `(H, W)` in which 255 does not count. (Boolean
-# indexing helps: `logits[:, counted]` has the shape `(K, number of pixels)`.)
+# Write it in numpy, for logits `(K, H, W)` and a ground truth `(H, W)` in which 255 is ignored.
+# (Boolean indexing helps: `logits[:, counted]` has the shape `(K, number of pixels)`.)
 
 
 # %% tags=["exercise"]
@@ -929,18 +930,18 @@ assert np.isclose(loss(z, truth), expected), (
 print(f"Right: {expected:.6f}. You have written sparse categorical cross-entropy.")
 
 # %% [markdown]
-# > **In one sentence:** at each pixel take the softmax of the logits and then minus the logarithm
-# > of the true class's probability; the loss is the mean over the pixels that count.
+# > **In one sentence:** the loss of a pixel is minus the logarithm of the softmax probability of
+# > its true class; the loss of an image is the mean over the pixels that are not ignored.
 
 # %% [markdown]
-# ## 6. Plain CNN, FCN, U-Net: what each one brings back
+# ## 6. Plain CNN, FCN and U-Net compared
 #
-# ### A score that sees thin things: IoU
+# ### IoU: a score for each class
 #
-# The share of right pixels is a poor judge: we saw that thin classes hardly count in it.
-# **Intersection over union** asks of each class by itself: of all pixels that are this class in
-# the truth *or* in the answer, how many are it in both? A class that is never found scores 0,
-# however rare it is.
+# The share of right pixels says little about thin classes, because they have few pixels.
+# **Intersection over union** (IoU) is computed for each class: of all pixels that have this class
+# in the ground truth *or* in the prediction, how many have it in both? A class that is never found
+# scores 0, however rare it is.
 #
 # ### Exercise 6: write IoU
 
@@ -957,7 +958,7 @@ def iou(prediction, truth, k):
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 def iou_solution(prediction, truth, k):
-    """Both, over either."""
+    """Intersection divided by union."""
     either = ((prediction == k) | (truth == k)).sum()
     return ((prediction == k) & (truth == k)).sum() / either if either else float("nan")
 
@@ -970,7 +971,7 @@ from useg.scoring.metrics import confusion, score
 
 score_of = attempt(iou, iou_solution, np.array([0, 1]), np.array([0, 1]), 0)
 truth = make_scene(3, (128, 96)).label
-moved = np.roll(truth, 2, axis=1)  # an answer that is right but for two pixels' shift to the side
+moved = np.roll(truth, 2, axis=1)  # right, but shifted by two pixels
 expected = {
     entry.name: entry.iou
     for entry in score(confusion(moved, truth, 13), CARLA.names, 1).classes
@@ -979,7 +980,7 @@ expected = {
 for name, value in expected.items():
     said = score_of(moved, truth, CARLA.names.index(name))
     assert np.isclose(said, value), f"{name}: {value:.3f} is right, yours says {said:.3f}"
-print("Right. An answer that is only shifted by two pixels scores:")
+print("Right. A prediction that is only shifted by two pixels scores:")
 print(
     ", ".join(
         f"{name} {expected[name]:.2f}"
@@ -989,13 +990,14 @@ print(
 )
 
 # %% [markdown]
-# A shift of two pixels costs a road little and a pole nearly everything.
+# A shift of two pixels changes the IoU of a road little, and that of a pole a lot.
 #
-# ### What a coarse map cannot hold
+# ### What a coarse map loses
 #
-# Before any training: take the truth itself and squeeze it through a coarse map. Each block of
-# `stride` x `stride` pixels keeps only the shares of its classes; enlarge these smoothly, take
-# the largest at each pixel, and score that against the truth.
+# First an experiment without a network: we reduce the ground truth to a coarse map. Each block of
+# `stride` x `stride` pixels keeps only the shares of its classes. We enlarge these shares
+# bilinearly, take the class with the largest share at each pixel, and score the result against the
+# ground truth.
 
 # %%
 # scenes for scoring; no network will train on them
@@ -1003,7 +1005,7 @@ tests = [make_scene(500_000 + k, (128, 96)) for k in range(40)]
 
 
 def coarse(label, stride):
-    """Squeeze a label map through a map of one place for each stride x stride pixels."""
+    """Reduce a label map by ``stride``, and enlarge it again."""
     classes = F.one_hot(torch.from_numpy(label).long(), 13).permute(2, 0, 1).float()[None]
     enlarged = F.interpolate(
         F.avg_pool2d(classes, stride), label.shape, mode="bilinear", align_corners=False
@@ -1028,7 +1030,7 @@ strides = (1, 2, 4, 8, 16, 32)
 squeezed = [score_all([coarse(scene.label, stride) for scene in tests]) for stride in strides]
 
 # %% [markdown]
-# As a curve, and as images of one scene:
+# The curves show the scores, the images one scene:
 
 # %%
 plt.figure(figsize=(6, 2.8), dpi=100, layout="constrained")
@@ -1046,7 +1048,7 @@ plt.plot(
 )
 plt.xticks(range(6), [f"{stride}" for stride in strides])
 plt.xlabel("stride of the coarse map")
-plt.ylabel("mean IoU of the squeezed truth")
+plt.ylabel("mean IoU of the reduced labels")
 plt.ylim(0, 1.03)
 plt.legend(frameon=False, fontsize=8)
 plt.gca().spines[["top", "right"]].set_visible(False)
@@ -1060,21 +1062,20 @@ show(images, ["image", "truth", "truth through stride 8", "truth through stride 
 plt.show()
 
 # %% [markdown]
-# The large classes keep their shape, roughly; the thin ones are gone long before. A trained
-# network may choose its scores more cleverly than this, but where inside a block a thin thing
-# stands, a coarse map hardly tells. The detail must be brought back from somewhere. Here are
-# three answers to *from where?*
+# The large classes roughly keep their shape; the thin ones disappear at smaller strides. A trained
+# network can use its coarse map better than this, but a coarse map hardly tells where in a block a
+# thin object is. The networks differ in how they recover this detail:
 #
-# - **Plain CNN.** A classifier, asked at every place at once: convolutions and poolings, then one
-#   answer for each block of 16 x 16 pixels, smoothly enlarged. Nothing brings detail back.
-# - **FCN** (Long et al. 2015). Two ideas: the enlargement is a transposed convolution that is
-#   *learned*; and to the coarse class scores, scores from earlier, finer maps are *added*.
-#   FCN-32s adds none and enlarges 32 times; FCN-8s adds two and still enlarges 8 times.
-# - **U-Net** (Ronneberger et al. 2015). Goes up level by level to full size, and at each level
-#   fetches not scores but *all features* of the contracting path, concatenates them with its own,
-#   and merges them by convolutions.
+# - **Plain CNN.** A classifier that is applied at every position: convolutions and poolings, then
+#   one output for each block of 16 x 16 pixels, enlarged bilinearly. It recovers no detail.
+# - **FCN** (Long et al. 2015). Two ideas: the enlargement is a *learned* transposed convolution,
+#   and scores from earlier, finer feature maps are *added* to the coarse class scores. FCN-32s adds
+#   none and enlarges 32 times; FCN-8s adds two and still enlarges 8 times.
+# - **U-Net** (Ronneberger et al. 2015). It enlarges level by level to full size. At each level it
+#   takes not scores but *all features* of the contracting path, concatenates them with its own, and
+#   merges them by convolutions.
 #
-# Which layers make up the way back to full size? Read them off the real networks:
+# These are the layers that compute the scores and enlarge them, listed from the actual networks:
 
 # %%
 from useg.models.baselines import FCN, PixelClassifier
@@ -1099,17 +1100,16 @@ for name, make in NETWORKS.items():
             print(f"    {layer.name:12} {layer.kind:30} -> {' x '.join(map(str, layer.shape))}")
 
 # %% [markdown]
-# "U-Net, skips cut" is our control: the same network with zeros in place of what the skip
-# connections carry. The widths are chosen so that all five have 0.4 to 0.5 million parameters.
-# They do not cost the same work: a U-Net computes at full size as well, and that is part of what
-# it is. (`normalize=True` adds batch normalisation, which is not in the papers; it makes short
-# trainings work.)
+# "U-Net, skips cut" is the control: the same network with zeros in place of the features of the
+# skip connections. We chose the widths so that all five have 0.4 to 0.5 million parameters. Their
+# cost differs: a U-Net also computes at full size. (`normalize=True` adds batch normalisation,
+# which is not in the papers; short training runs need it.)
 #
 # ### A training loop
 #
-# Two hundred scenes to learn from. The loss is that of section 5 with one addition: a pixel
-# counts the more, the rarer its class is: in proportion to $1/\sqrt{s}$ for a class with share
-# $s$. Else the networks would take very long to bother about one pixel in a hundred.
+# The training set has two hundred scenes. The loss is that of section 5 with class weights: pixels
+# of a class with the share $s$ have a weight proportional to $1/\sqrt{s}$. Without weights, the
+# networks would take much longer to learn classes that have one pixel in a hundred.
 
 
 # %%
@@ -1131,8 +1131,8 @@ weight = shares.rsqrt() / (shares * shares.rsqrt()).sum()
 print(", ".join(f"{name} {w:.1f}" for name, w in zip(CARLA.names, weight.tolist(), strict=True)))
 
 # %% [markdown]
-# The loop itself is the same for every network: draw a few scenes, mirror every other batch,
-# compute the loss, step downhill.
+# The loop is the same for every network: pick random scenes, mirror every other batch, compute the
+# loss, update the weights.
 
 
 # %%
@@ -1163,7 +1163,7 @@ def answers_of(network):
 
 
 # %% [markdown]
-# Now all five, one after the other, with the same scenes in the same order.
+# Train all five, one after the other, with the same scenes in the same order:
 
 # %%
 trained, answers, scores = {}, {}, {}
@@ -1181,10 +1181,10 @@ for name, make in NETWORKS.items():
     )
 
 # %% [markdown]
-# ### The same scene through all five
+# ### The predictions of all five networks
 #
-# None of them has seen this scene. Look at the poles, the signs, the lines on the road and the
-# people.
+# None of the networks was trained on this scene. Compare the poles, the signs, the lines on the
+# road and the people.
 
 # %%
 COLOURS = {
@@ -1197,7 +1197,7 @@ COLOURS = {
 
 
 def draw_scene(figure, grid):
-    """The image, the truth and every network's answer, with the names of the classes."""
+    """Draw the image, the ground truth, every network's prediction, and the class names."""
     truth = tests[example].label
     images = {"image": tests[example].image, "truth": paint_label(truth, CARLA)}
     images |= {name: paint_label(answer[example], CARLA) for name, answer in answers.items()}
@@ -1231,12 +1231,12 @@ draw_scene(figure, figure.add_gridspec(2, 4))
 plt.show()
 
 # %% [markdown]
-# One scene may be luck. The IoU over all forty test scenes, class by class:
+# One scene proves little. The chart shows the IoU of each class over all forty test scenes:
 
 
 # %%
 def draw_bars(ax):
-    """IoU of every network: the thin classes, and the means of the thin and of the large ones."""
+    """Draw each network's IoU: of the thin classes, and the means of thin and large ones."""
     groups = {
         **{name: (name,) for name in THIN},
         "mean of\nthin classes": THIN,
@@ -1270,23 +1270,23 @@ for name in ("FCN-32s", "plain CNN", "FCN-8s"):
     )
 
 # %% [markdown]
-# Read it in two steps.
+# The chart shows two things.
 #
-# - **The large classes** (rightmost) suffer least: a coarse answer is nearly enough for a road.
-# - **The thin classes** are where the networks part. FCN-32s answers from a map of 4 x 3 places;
-#   these images are small, so it loses more here than on the paper's photographs, but of the
-#   same kind. FCN-8s adds finer scores and gains most on the lines. The U-Net brings back all
-#   features at all levels, and wins, most clearly on the lines. (Not in every bar: at this size
-#   people are blobs rather than lines, and there FCN-8s does about as well.)
+# - **The large classes** (rightmost) differ less: for a road, a coarse map is nearly enough.
+# - **The thin classes** differ most. FCN-32s predicts from a map of 4 x 3 positions. These images
+#   are small, so it loses more here than on the larger photographs of the paper. FCN-8s adds finer
+#   scores and gains most on the road lines. The U-Net uses all features at all levels and has the
+#   best mean; its lead is largest on the road lines. (It is not best in every class: at this size
+#   people are blobs rather than lines, and FCN-8s is about as good.)
 #
-# The control says *why*. It is the same network with the same number of parameters, and without
-# its skip connections it is worse than the plain CNN: all detail must squeeze through a bottom of
-# 8 x 6 places, and so must everything that it learns.
+# The control shows the reason. It is the same network with the same number of parameters, but
+# without its skip connections it is worse than the plain CNN: all information must pass through the
+# lowest level, which has 8 x 6 positions, and so must all gradients of the contracting path.
 #
 # ### Cut the skip connections of the trained U-Net, one by one
 #
-# `network.skips` says which levels carry features. We do not train again: we take something away
-# from a finished network and look at what is missing.
+# `network.skips` says which levels have a skip connection. We do not train again: we remove one
+# connection at a time from the trained network and score its predictions.
 
 # %%
 network = trained["U-Net"]
@@ -1315,17 +1315,17 @@ show(images, ["image", "truth", *cut_answers], columns=4)
 plt.show()
 
 # %% [markdown]
-# Level 0 is the top, at full size. Without it the network is left with maps of half the size, and
-# the thin classes go first. Further down a cut costs less and less: what those levels know of
-# places, the levels above know better. (A network that was *trained* without a skip would have
-# learned to make do; this shows what the finished one relies on.)
+# Level 0 is the top, at full size. Without it, the finest features that the network has are at half
+# the size, and the thin classes disappear first. Lower levels matter less and less, because the
+# levels above have the same information about positions, and finer. (A network *trained* without
+# one of the connections would have learned to compensate for it; this experiment shows what the
+# trained network relies on.)
 #
-# > **In one sentence:** a plain CNN answers from its coarsest map, an FCN mends that answer with
-# > finer *scores*, and a U-Net rebuilds it with all the finer *features*; the gain is in the thin
-# > classes.
+# > **In one sentence:** a plain CNN predicts from its coarsest feature map, an FCN adds finer
+# > *scores*, and a U-Net uses all the finer *features*; thin classes gain most.
 
 # %% [markdown]
-# The image of the project's README is drawn by the same two functions. This cell writes it when
+# The same two functions draw the image in the project's README. This cell writes it if
 # `USEG_TUTORIAL_FIGURE` names a file:
 
 # %%
@@ -1340,16 +1340,16 @@ if target_file := os.environ.get("USEG_TUTORIAL_FIGURE"):
 # %% [markdown]
 # ## 7. Segment a street with useg
 #
-# You have seen every part. Now the whole job, as you would do it with your own images: a folder
-# with CARLA's layout,
+# You now know every part. This section goes through the whole job, as you would do it with your own
+# images. They are in a folder with CARLA's layout:
 #
 # ```
 # DATA/CameraRGB/NAME.png    the images
 # DATA/CameraSeg/NAME.png    the masks: the class number is in the red channel
 # ```
 #
-# If `DATA` names no folder, we make one with 120 scenes. Then: what is in it, and which images
-# are held out from training?
+# If `DATA` names no folder, we generate one with 120 scenes. First we look at its content, and at
+# which images are held out from training.
 
 # %%
 from useg.data.dataset import read_sample
@@ -1375,17 +1375,17 @@ show(
 plt.show()
 
 # %% [markdown]
-# ### Why there is a gap: the parrot
+# ### Why there is a gap: a model that only memorises
 #
-# The numbers in the names look like a video, so `useg` did not hold out images at random. It
-# held out the **end** of the video, and left a **gap** before it whose images are not used. To see
-# why, meet a model that learns nothing. The parrot looks for the training image that is most like
-# the new one, and repeats its label map.
+# The numbers in the file names look like those of a video, so `useg` did not hold out images at
+# random. It held out the **end** of the video, and left a **gap** before it whose images are not
+# used. The reason becomes clear with a model that only memorises: for each new image, it finds the
+# most similar training image and returns the label map of that one.
 
 
 # %%
-def parrot(scenes, train, val):
-    """Score repeating the label map of the most similar training image: mean IoU."""
+def nearest_score(scenes, train, val):
+    """Return the mean IoU of repeating the label map of the most similar training image."""
     images = (
         torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
     )
@@ -1412,21 +1412,21 @@ show(
     ["frame 0", "frame 1", "frame 24", "frame 30: the next street"],
 )
 plt.show()
-print(f"frames held out at random:            {parrot(video, shuffled[24:], shuffled[:24]):.2f}")
-print(f"the end of each street, with a gap:   {parrot(video, starts, ends):.2f}")
-print(
-    f"a street of which it saw nothing:     "
-    f"{parrot(video, list(range(90)), list(range(90, 120))):.2f}"
-)
+at_random = nearest_score(video, shuffled[24:], shuffled[:24])
+at_the_ends = nearest_score(video, starts, ends)
+other_street = nearest_score(video, list(range(90)), list(range(90, 120)))
+print(f"frames held out at random:            {at_random:.2f}")
+print(f"the end of each street, with a gap:   {at_the_ends:.2f}")
+print(f"a street that is not in training:     {other_street:.2f}")
 
 # %% [markdown]
-# With the random split this fraud looks like a strong model: for every held-out frame, its
-# neighbour is in the training set. A network can memorise training images as well, so its score
-# can be inflated in the same way. Blocks with a gap are stricter: they show how good the model is
-# on the *same streets a little further on*. Other streets are harder still, and only images of
-# other streets can tell how hard.
+# With the random split, this model seems strong: the neighbour of every held-out frame is in the
+# training set. A network can memorise training images as well, so its score can be inflated in the
+# same way. Blocks with a gap are stricter: they show how good the model is on the *same streets a
+# little further on*. Other streets are harder still, and only images of other streets can show how
+# hard.
 #
-# What does the parrot score on the folder that we are about to use?
+# What does this model score on the folder that we are about to use?
 
 # %%
 from useg.images.files import Sample, resize_image, resize_label
@@ -1442,18 +1442,18 @@ parts = {
     split: [k for k, pair in enumerate(dataset.pairs) if pair.split == split]
     for split in ("train", "val")
 }
-print(f"held out at random:    {parrot(frames, mixed[held:], mixed[:held]):.2f}")
-print(f"held out by useg:      {parrot(frames, parts['train'], parts['val']):.2f}")
+print(f"held out at random:    {nearest_score(frames, mixed[held:], mixed[:held]):.2f}")
+print(f"held out by useg:      {nearest_score(frames, parts['train'], parts['val']):.2f}")
 
 # %% [markdown]
-# Each made scene is a street of its own, so there is nothing to repeat, and both numbers are low
-# and alike. With the frames of a real drive the first number is far above the second: the
-# difference is the part of a score that is memory.
+# Each generated scene is another street, so memorising does not help: both numbers are low and
+# similar. With the frames of a real drive, the first number is far above the second. The difference
+# shows how much of a score can come from memorising.
 #
 # ### Exercise 7: hold out the end of a video
 #
-# Write the split: `count` frames in order, the last `held` of them for validation, `gap` frames
-# before these unused, the rest for training.
+# Write a function that splits `count` frames, given in order: the last `held` frames are for
+# validation, the `gap` frames before these are unused, and the rest are for training.
 
 
 # %% tags=["exercise"]
@@ -1482,7 +1482,7 @@ assert list(val) == [24, 25, 26, 27, 28, 29], (
     f"the last six frames of 30 are 24 to 29, yours are {val}"
 )
 assert min(val) - max(train) == 3, (
-    f"frames 22 and 23 belong to nobody, but the last of yours for training is {max(train)}"
+    f"frames 22 and 23 are the gap, but yours trains on frames up to {max(train)}"
 )
 assert len(train) == 22, f"22 of 30 frames are left for training, yours are {len(train)}"
 print("Right: this score will mean something.")
@@ -1490,11 +1490,11 @@ print("Right: this score will mean something.")
 # %% [markdown]
 # ### Train
 #
-# One call. `useg` picks every setting that you omit, from the images and this machine, and prints
-# why. We set a small network, a small size and few steps, so that it takes about half a minute;
-# without these settings it takes ten minutes and gives better scores. We also turn off the random
-# changes of colour and light, which make a model robust to other streets and weather: our held-out
-# scenes look like the training scenes, and few steps are better spent on those.
+# Training is one call. `useg` picks every setting that you omit, from the images and this machine,
+# and prints why. We set a small network, a small size and few steps, so that it takes about half a
+# minute; without these settings it takes ten minutes and gives better scores. We also turn off the
+# random changes of colour and exposure, which make a model robust to other streets and weather: our
+# held-out scenes look like the training scenes, so these changes would not help in so few steps.
 
 # %%
 from useg.training.trainer import SilentProgress
@@ -1520,7 +1520,7 @@ Image(WORK / "run" / "curves.png", width=700)
 # training images. The run folder holds the model file, every setting, the log and a report,
 # `report.html`.
 #
-# ### Score it honestly
+# ### Score the model
 #
 # The scores are computed at the resolution of the masks, on the held-out images alone.
 
@@ -1558,11 +1558,11 @@ print(
 print("classes without a pixel in the truth:", ", ".join(result.absent) or "none")
 
 # %% [markdown]
-# Two questions to ask of any such number.
+# Ask two questions about any such score.
 #
-# **Which classes are in the mean?** A class that does not occur in the truth can be neither found
-# nor missed. Counting it as 0 punishes, counting it as 1 flatters; `useg` leaves it out and names
-# it. Take the upper third of one image, where no road can be:
+# **Which classes are in the mean?** A class that does not occur in the ground truth can be neither
+# found nor missed. Counting its IoU as 0 makes the mean too low, counting it as 1 makes it too
+# high; `useg` leaves it out and names it. Take the upper third of one image, where no road can be:
 
 # %%
 sample = read_sample(dataset.of("val")[0], dataset)
@@ -1579,7 +1579,7 @@ print(
 # %% [markdown]
 # **Does every image contain something that any model would get right?** The bonnet of the camera's
 # own car is labelled *Vehicles*, always in the same place. Ignore the lowest fifth of the images
-# (255, as in section 5), and score the vehicles that matter:
+# (255, as in section 5), and score the other vehicles:
 
 # %%
 counts = np.zeros((13, 13), np.int64)
@@ -1595,8 +1595,8 @@ print(f"Vehicles: IoU {vehicles:.2f} with the bonnet, {without['Vehicles']:.2f} 
 # %% [markdown]
 # ### Label a new image
 #
-# An image of any size goes in, a label map of the same size comes out; `overlay` paints it over
-# the image, `add_legend` names what was found and how much of it.
+# The model takes an image of any size and returns a label map of the same size. `overlay` paints it
+# over the image, and `add_legend` lists the classes and their shares.
 
 # %%
 new = read_sample(dataset.of("val")[-1], dataset) if DATA else make_scene(777, (320, 240))
@@ -1609,7 +1609,7 @@ plt.axis("off")
 plt.show()
 
 # %% [markdown]
-# Where is it wrong? Here we know the truth, and can look:
+# Where is the model wrong? For this image we know the ground truth, so we can draw the errors:
 
 # %%
 show(
@@ -1625,35 +1625,36 @@ plt.show()
 print(f"{100 * (prediction == new.label).mean():.0f} % of the pixels are right")
 
 # %% [markdown]
-# The mistakes lie along borders and on thin things: the same lesson, seen from its other end. And
-# `model.probabilities` tells how sure it is: the share that the softmax gives to the class that
-# it chose. Where it is dark it hesitates, mostly where it is wrong.
+# Most errors are along borders and on thin objects. `model.probabilities` tells how confident the
+# model is: the largest of the softmax probabilities at each pixel. Confidence is lower (darker)
+# where the model is more often wrong.
 
 # %%
-sure = model.probabilities(new.image).max(0)
-ax = show([new.image, sure], ["the new image", "how sure it is (bright: sure)"], width=4.2)[0, 1]
-ax.images[0].set(cmap="viridis", clim=(0, 1))
+confidence = model.probabilities(new.image).max(0)
+axes = show([new.image, confidence], ["the new image", "confidence (bright: high)"], width=4.2)
+axes[0, 1].images[0].set(cmap="viridis", clim=(0, 1))
 plt.show()
 wrong = prediction != new.label
 print(
-    f"mean certainty where it is right {sure[~wrong].mean():.2f}, "
-    f"where it is wrong {sure[wrong].mean():.2f}"
+    f"mean confidence where it is right {confidence[~wrong].mean():.2f}, "
+    f"where it is wrong {confidence[wrong].mean():.2f}"
 )
 
 # %% [markdown]
-# > **In one sentence:** hold out what is not a twin of the training images, average over
-# > classes that are there, ask what is too easy, and then look at the images.
+# > **In one sentence:** hold out images that are not near duplicates of training images, average
+# > over the classes that occur, look for what any model would get right, and look at the images.
 
 # %% [markdown]
 # ## 8. What you can do now
 #
-# - You built the network of the paper, and it was equal to `useg.UNet` to the last bit.
-# - You know what unpadded convolutions cost, and what mirrored tiles give back.
-# - You can say what separates a plain CNN, an FCN and a U-Net, and have measured it.
-# - You can write the loss on a blackboard.
-# - You trained on a street, and know what its score does and does not say.
+# - You built the network of the paper, and its output was equal to that of `useg.UNet` to the last
+#   bit.
+# - You know what unpadded convolutions lose, and how mirroring and tiles restore it.
+# - You can explain how a plain CNN, an FCN and a U-Net differ, and have measured it.
+# - You can compute the loss by hand.
+# - You trained a model on street scenes, and know what its score says and what it does not say.
 #
-# From here, on the command line:
+# The same on the command line:
 #
 # ```sh
 # useg inspect DATA                         # what is in a folder, and what is wrong with it
@@ -1663,9 +1664,9 @@ print(
 # ```
 #
 # Read next: `useg/models/unet.py` (your network of section 2, with its settings) and
-# `useg/training/loop.py` (the loop of section 6, with what a long run needs). Train the plain
-# networks yourself with `--set model.encoder=cnn`, `fcn32s` or `fcn8s`. And change this notebook:
-# another `SEED`, another width, one pooling less.
+# `useg/training/loop.py` (the loop of section 6, with what long runs need). Train the other
+# networks yourself with `--set model.encoder=cnn`, `fcn32s` or `fcn8s`. Change this notebook: try
+# another `SEED`, another width, or one pooling less.
 #
 # The last cell removes the temporary folder. Skip it if you want to look into `WORK`.
 

@@ -120,9 +120,17 @@ def run() -> None:
                 num_figures += 1
                 outputs.append({"figure": _store(content, num_figures)})
             elif text := (output.get("text") or content.get("text/plain", "")).rstrip():
-                outputs.append({"text": text})
+                _add_text(outputs, text)
         stored.append({"digest": digest(cell.source), "outputs": outputs})
     _store_outputs(stored)
+
+
+def _add_text(outputs: list[Output], text: str) -> None:
+    """Add a text; what a cell prints one line after the other is one text, however it arrives."""
+    if outputs and "text" in outputs[-1]:
+        outputs[-1]["text"] += f"\n{text}"
+    else:
+        outputs.append({"text": text})
 
 
 def _store_outputs(stored: list[dict[str, Any]]) -> None:
