@@ -301,12 +301,7 @@ _PLUGINS: dict[str, Callable[[BinaryIO], PIL.Image.Image]] = {
 
 
 def read_container(file: BinaryIO) -> Container:
-    """Read what a file declares.
-
-    Raises:
-        GitLfsPointerError: It is not downloaded yet.
-        UnidentifiedImageError: It has none of the formats above.
-    """
+    """Read what a file declares; any but the formats above is an UnidentifiedImageError."""
     file.seek(0)
     start = file.read(132)
     for is_form, read in _READERS:
@@ -319,9 +314,13 @@ def read_container(file: BinaryIO) -> Container:
             if min(container.size) < 1:
                 raise ValueError("it declares a size of {}x{}".format(*container.size))
             return container
+    raise _unknown_format(start)
+
+
+def _unknown_format(start: bytes) -> Exception:
     if start.startswith(GIT_LFS_START):
-        raise GitLfsPointerError
-    raise PIL.UnidentifiedImageError("unknown format")
+        return GitLfsPointerError()
+    return PIL.UnidentifiedImageError("unknown format")
 
 
 def _check_length(num_bytes: int, most: int) -> None:

@@ -313,42 +313,44 @@ def clear_errors(name: str) -> Iterator[None]:
         yield
     except (UsageError, ImportError):
         raise
-    except FileNotFoundError as error:
-        raise DataError(f"'{name}' does not exist; check the path") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise DataError(
-            f"'{name}' cannot be read: {error.strerror}; give a readable image file"
-        ) from error
-    except GitLfsPointerError as error:
-        raise DataError(
+    except Exception as error:
+        raise DataError(_describe_failure(name, error)) from error
+
+
+def _describe_failure(name: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"'{name}' does not exist; check the path"
+    if isinstance(error, IsADirectoryError | PermissionError):
+        return f"'{name}' cannot be read: {error.strerror}; give a readable image file"
+    if isinstance(error, GitLfsPointerError):
+        return (
             f"'{name}' is a Git LFS pointer instead of the file itself; "
             "run git lfs pull where you cloned the data"
-        ) from error
-    except PIL.UnidentifiedImageError as error:
-        raise DataError(
+        )
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return (
             f"'{name}' is not an image that useg can read ({READ_FORMATS}), "
             "or it is damaged; convert or remove it"
-        ) from error
-    except UnreadableError as error:
-        raise DataError(
+        )
+    if isinstance(error, UnreadableError):
+        return (
             f"'{name}' cannot be read: {error}; save it as PNG, or as a plain TIFF "
             "(uncompressed, LZW or deflate)"
-        ) from error
-    except TooLargeError as error:
+        )
+    if isinstance(error, TooLargeError):
         size, limit = error.args
-        raise DataError(
+        return (
             f"'{name}' declares {size}, but at most {limit:,} pixels of "
             f"{MAX_BYTES_PER_PIXEL} bytes are read; cut it into smaller images, or raise the "
             "environment variable USEG_MAX_PIXELS"
-        ) from error
-    except PageError as error:
-        raise DataError(_describe_page_error(name, *error.args)) from error
+        )
+    if isinstance(error, PageError):
+        return _describe_page_error(name, *error.args)
     # For damaged files, decoders raise exceptions of nearly any class: MemoryError, TypeError, ...
-    except Exception as error:
-        raise DataError(
-            f"'{name}' is damaged or incomplete ({error or type(error).__name__}); "
-            "save or copy it again, or remove it"
-        ) from error
+    return (
+        f"'{name}' is damaged or incomplete ({error or type(error).__name__}); "
+        "save or copy it again, or remove it"
+    )
 
 
 def check_is_file(path: Path) -> None:
