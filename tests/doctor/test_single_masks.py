@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,17 @@ def invent_labels(root: Path) -> Planted:
     return "labels to review", {edit_picture(find_file(root, 16), change).name}
 
 
+def copy_mask_over_others(root: Path) -> Planted:
+    copies = [find_file(root, k) for k in (3, 8, 13, 18)]
+    for path in copies:
+        shutil.copy(find_file(root, 0), path)
+    return "copied masks", {path.name for path in copies}
+
+
 DEFECTS = {
+    "mask copied over others": Defect(
+        "cells", copy_mask_over_others, frozenset({"mask does not fit its image"})
+    ),
     "mask mirrored": Defect("streets", mirror_mask),
     "one mask shifted": Defect("streets", shift_one_mask),
     "masks of two images exchanged": Defect("streets", exchange_masks),

@@ -7,6 +7,7 @@ becomes a finding if with it the mask aligns as well as the other masks.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,10 +37,13 @@ from useg.doctor.edges import (
     shift_z_score,
     strength_at,
 )
-from useg.doctor.measure import Finding, MeasuredDataset, Repair
+from useg.doctor.measure import Finding, MeasuredDataset, Measurement, Repair
 from useg.errors import format_count
 
 NO_FIT_KIND = "mask does not fit its image"
+
+# Fewer equal masks may be those of images without contrast.
+_MIN_COPIES = 3
 
 # Pairs are listed for review from this many standard deviations on, and at most this many.
 _MIN_SUSPICION = 5.0
@@ -240,6 +244,38 @@ def _mask_of_another_image(
         "give each image its own mask",
         (repair,),
         {"fits": other.pair.image},
+    )
+
+
+def check_copied_masks(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find masks that equal those of other images, which they fit, but not their own."""
+    groups: dict[Any, list[tuple[float, Measurement]]] = defaultdict(list)
+    for each in data.complete:
+        if each.mask is None or each.alignment is None:
+            continue
+        mask = each.mask
+        key = (mask.size, mask.codes.tobytes(), mask.counts.tobytes(), mask.code_grid.tobytes())
+        groups[key].append((shift_z_score(each.alignment), each))
+    equal = [sorted(group, key=lambda scored: -scored[0]) for group in groups.values()]
+    equal = [group for group in equal if len(group) > 1]
+    copies = [scored for group in equal for scored in group[1:]]
+    if len(copies) < _MIN_COPIES:
+        return
+    best = float(np.median([group[0][0] for group in equal]))
+    if best < MIN_Z_SCORE or float(np.median([score for score, _ in copies])) >= best / 2:
+        return
+    first, copy = equal[0][0][1].pair, equal[0][1][1].pair
+    yield Finding(
+        "copied masks",
+        "error",
+        tuple(each.pair.mask for _, each in copies),
+        f"{len(copies)} masks equal those of other images, whose edges they fit better: "
+        f"'{data.name(copy.mask)}' equals '{data.name(first.mask)}'",
+        "check the export that made the masks, and give each image its own",
+        tuple(
+            Repair(each.pair, "left out: its mask is a copy of another", leave_out=True)
+            for _, each in copies
+        ),
     )
 
 

@@ -69,6 +69,7 @@ CHECKS: tuple[Check, ...] = (
     alignment.check_common_placement,
     alignment.check_common_turn,
     alignment.check_exchanged_masks,
+    single_masks.check_copied_masks,
     single_masks.check_single_masks,
     leaks.check_duplicates,
     leaks.check_hidden_copies,

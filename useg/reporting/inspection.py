@@ -503,6 +503,7 @@ EVIDENCE_DRAWERS: dict[str, EvidenceDrawer] = {
     "shifted masks": _draw_outlines,
     "shifted mask": _draw_outlines,
     "mask of another image": _draw_other_image,
+    "copied masks": _draw_pair,
     "mask does not fit its image": _draw_pair,
     "exact duplicate": _draw_duplicates,
     "near duplicate": _draw_duplicates,
