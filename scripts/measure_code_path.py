@@ -31,8 +31,8 @@ import useg
 
 PACKAGE = Path(useg.__file__).parent
 FOUNDATIONS = (
-    "errors.py", "files.py", "ownership.py", "parsing.py", "machine.py", "device.py", "config.py",
-    "distributed.py",
+    "errors.py", "files.py", "folders.py", "ownership.py", "parsing.py", "machine.py", "device.py",
+    "config.py", "distributed.py",
 )  # fmt: skip
 MADE_SCENES = 8
 # A code flag (CO_NEWLOCALS) of functions, which class bodies and modules lack.

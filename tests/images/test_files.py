@@ -384,19 +384,6 @@ def test_resizing_a_label_makes_no_new_ids(label, width, height):
     assert np.array_equal(files.resize_label(label, label.shape[::-1]), label)
 
 
-@given(st.lists(st.integers(0, 10**6), unique=True))
-def test_numbers_in_names_count_as_numbers(numbers):
-    names = [Path(f"f/a_{n}.png") for n in numbers]
-    assert sorted(names, key=files.natural_key) == [Path(f"f/a_{n}.png") for n in sorted(numbers)]
-
-
-@given(st.lists(st.text(max_size=6)))
-def test_natural_order_is_a_total_order_of_any_names(names):
-    assert sorted(sorted(names, reverse=True), key=files.natural_key) == sorted(
-        names, key=files.natural_key
-    )
-
-
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     for reader in (files.read_image, files.read_size, files.read_palette, files.num_pages):

@@ -23,7 +23,7 @@ from useg.data.annotations.formats import read_xml
 from useg.data.dataset import pick_evenly
 from useg.data.mask_content import channels_of
 from useg.errors import UsageError
-from useg.images.files import list_files
+from useg.folders import list_files
 from useg.parsing import decode_text, read_limited
 
 NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")

@@ -40,7 +40,8 @@ from useg.data.official_splits import find_official_split, learn_rests, leave_fo
 from useg.data.pairing import match_lists
 from useg.data.truth import Candidate, OpenChoiceError, are_class_masks, name_differences
 from useg.errors import DataError, suggest
-from useg.images.files import list_image_files, natural_key
+from useg.folders import natural_key
+from useg.images.files import list_image_files
 from useg.parsing import read_toml, shorten
 
 _KEYS = (

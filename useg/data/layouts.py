@@ -49,15 +49,8 @@ from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
 from useg.data.scribbles import describe_scribbles
 from useg.data.truth import OpenChoiceError
 from useg.errors import DataError, UsageError, format_count, suggest
-from useg.images.files import (
-    list_files,
-    list_image_files,
-    list_subfolders,
-    num_pages,
-    read_size,
-    walk_folders,
-    walking_once,
-)
+from useg.folders import list_files, list_subfolders, walk_folders, walking_once
+from useg.images.files import list_image_files, num_pages, read_size
 from useg.images.formats import ALL_PAGES, UNREAD_SUFFIXES
 from useg.parsing import open_file
 

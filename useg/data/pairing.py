@@ -54,7 +54,8 @@ from useg.data.truth import (
     read_points,
 )
 from useg.errors import DataError, format_count
-from useg.images.files import holds_python_objects, list_image_files, natural_key
+from useg.folders import natural_key
+from useg.images.files import holds_python_objects, list_image_files
 
 # Names of folders that tell published layouts apart.
 _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}

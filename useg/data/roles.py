@@ -36,7 +36,8 @@ from useg.data.truth import (
     is_photograph,
 )
 from useg.errors import UsageError
-from useg.images.files import natural_key, read_size
+from useg.folders import natural_key
+from useg.images.files import read_size
 
 # The number of one of several masks of an image, at the end of its name.
 _COUNTER = re.compile(r"[_\-. ]*\(?[0-9]+\)?$")

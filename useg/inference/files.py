@@ -27,7 +27,8 @@ import torch
 
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import MAX_NAME_BYTES, clear_drafts, refuse_same_names
-from useg.images.files import Image, find_band_pages, natural_key, read_image_and_missing
+from useg.folders import natural_key
+from useg.images.files import Image, find_band_pages, read_image_and_missing
 from useg.images.formats import IMAGE_SUFFIXES, clear_errors
 from useg.inference.outputs import (
     OutputOptions,

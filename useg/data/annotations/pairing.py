@@ -63,7 +63,8 @@ from useg.data.annotations.run_lengths import is_run_length_csv, read_run_length
 from useg.data.dataset import DetectedLayout, Pair
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError, format_count, join_names
-from useg.images.files import list_files, list_image_files, natural_key, read_size
+from useg.folders import list_files, natural_key
+from useg.images.files import list_image_files, read_size
 from useg.machine import paused_garbage_collection
 
 Test = Callable[[Any], bool]

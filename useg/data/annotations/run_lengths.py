@@ -33,7 +33,8 @@ from useg.data.annotations.rasterize import Drawing, RunLengths, Shape, decode_r
 from useg.data.dataset import pick_evenly
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
-from useg.images.files import natural_key, read_image
+from useg.folders import natural_key
+from useg.images.files import read_image
 from useg.parsing import open_file
 
 _RUNS = re.compile(r"[0-9]+ [0-9]+( [0-9]+ [0-9]+)*")
