@@ -219,6 +219,9 @@ def _compute_alone() -> None:
     """Give this thread no further threads: they would wait for those of the main thread.
 
     Batches with changed colours slowed EfficientNet-Lite0 down from 18 to 12 steps/s on two cores.
+    ``torch.set_num_threads`` would also change the number for all threads that start later. The
+    service uses that, because each of its threads sets its own number
+    (:func:`useg.serving.request_queue.set_own_threads`).
     """
     import torch
     from threadpoolctl import threadpool_limits

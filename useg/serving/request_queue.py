@@ -97,7 +97,10 @@ def lower_priority(niceness: int) -> None:
 
 
 def set_own_threads(count: int) -> None:
-    """Set how many threads PyTorch and OpenVINO use for this one, and for new ones."""
+    """Set how many threads PyTorch and OpenVINO use for this thread, and for those that start later.
+
+    :mod:`useg.machine` says why training limits a thread in another way.
+    """
     # At first use in a thread, PyTorch sets the number that another one has set last.
     torch.get_num_threads()
     torch.set_num_threads(count)
