@@ -53,6 +53,8 @@ _MIN_PLACED_MASKS, _MIN_PLACED_T = 4, 5.0
 _MIN_PLACED_GAIN, _MIN_PLACED_MASKS_SHARE = 0.05, 0.85
 _MIN_SCALE, _MIN_SHIFT = 1.04, 0.015
 _MAX_Z_SCORE_AS_THEY_ARE = 5.0
+# Where a small shift helps, too, another placement must be more significant by so much.
+_MIN_MORE_THAN_SHIFT = 1.5
 
 # A scale up to this factor may as well be outlines that are drawn too wide or too narrow, if so
 # many boundaries have the most frequent class outside, as around single objects in the middle.
@@ -166,7 +168,7 @@ def find_usual_alignment(data: MeasuredDataset) -> UsualAlignment | None:
 def check_common_shift(data: MeasuredDataset) -> Iterator[Finding]:
     """Find masks that are all shifted alike against their images, by 2 pixels or more."""
     usual = data.once(find_usual_alignment)
-    if usual is None or usual.shift == (0, 0):
+    if usual is None or usual.shift == (0, 0) or data.once(find_common_placement):
         return
     where = describe_shift(usual.shift)
     repairs = tuple(
@@ -204,7 +206,7 @@ class _CommonPlacement:
 def find_common_placement(data: MeasuredDataset) -> _CommonPlacement | None:
     """Return the placement with which all masks align well, if they do not as they are."""
     usual = data.once(find_usual_alignment)
-    if usual is None or usual.z_score >= _MAX_Z_SCORE_AS_THEY_ARE or usual.shift != (0, 0):
+    if usual is None or (usual.z_score >= _MAX_Z_SCORE_AS_THEY_ARE and usual.shift == (0, 0)):
         return None
     measured = [
         (each, strengths)
@@ -215,7 +217,8 @@ def find_common_placement(data: MeasuredDataset) -> _CommonPlacement | None:
     if len(measured) < 2 * _MIN_PLACED_MASKS:
         return None
     best = _choose_placement(np.array([strengths for _, strengths in measured]))
-    if not best:
+    # A small shift is known to the pixel.
+    if not best or (usual.shift != (0, 0) and any(PLACEMENTS[best].shift)):
         return None
     placement, masks = PLACEMENTS[best], [each for each, _ in measured]
     z_scores, enclosures = [], []
@@ -223,7 +226,8 @@ def find_common_placement(data: MeasuredDataset) -> _CommonPlacement | None:
         enclosures.append(measure_enclosure(codes))
         alignment = measure_edge_alignment(image, place_label(codes, placement, int(codes[0, 0])))
         z_scores.append(0.0 if alignment is None else shift_z_score(alignment))
-    if not z_scores or float(np.median(z_scores)) < MIN_Z_SCORE:
+    needed = max(MIN_Z_SCORE, usual.z_score + _MIN_MORE_THAN_SHIFT * (usual.shift != (0, 0)))
+    if not z_scores or float(np.median(z_scores)) < needed:
         return None
     scale = placement.across
     may_be_outlines = (

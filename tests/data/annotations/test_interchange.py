@@ -312,7 +312,7 @@ def test_yolo_is_read_beside_the_images_as_darknet_keeps_it(tmp_path):
         write_photo(tmp_path / "obj" / f"{name}.jpg")
     write_file(tmp_path / "obj" / "a.txt", f"1 {OUTLINE}\n")
     write_file(tmp_path / "obj" / "b.txt", f"0 {OUTLINE}\n")
-    write_file(tmp_path / "obj" / "classes.txt", "cat\ndog\n")
+    write_file(tmp_path / "obj.names", "cat\ndog\n")
     dataset = find_dataset(tmp_path)
     assert (dataset.layout, dataset.classes.names) == ("yolo", ("background", "cat", "dog"))
     assert (read_first_label(dataset) == expect_block(2, 1, 3, 5, 9)).all()

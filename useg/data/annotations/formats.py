@@ -425,7 +425,7 @@ def read_class_names(files: Iterable[Path]) -> dict[int, str]:
             text = content.decode("utf-8-sig", errors)
         except (OSError, UnicodeDecodeError):
             continue
-        if path.suffix == ".txt":
+        if path.suffix in (".txt", ".names"):
             names = dict(enumerate(text.split("\n")))
         else:
             names = parse_yaml_names(text, f"'{path}'")

@@ -387,6 +387,7 @@ def _pair_yolo(reading: Reading, pairs: Sequence[tuple[Path, Path]]) -> Detected
     name_files = [
         *list_files(reading.root, (".yaml", ".yml")),
         *(path for path in list_files(reading.root, (".txt",)) if path.name == "classes.txt"),
+        *list_files(reading.root, (".names",)),
     ]
     with paused_garbage_collection():
         annotations = read_yolo(pairs, name_files, reading)
