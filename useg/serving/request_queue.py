@@ -97,7 +97,7 @@ def lower_priority(niceness: int) -> None:
 
 
 def set_own_threads(count: int) -> None:
-    """Set how many threads PyTorch and OpenVINO use for this thread, and for those that start later.
+    """Set how many threads PyTorch and OpenVINO use, for this thread and those that start later.
 
     :mod:`useg.machine` says why training limits a thread in another way.
     """
