@@ -155,7 +155,13 @@ def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:
     changes |= {"data.scale": 1.0}
     fit(dataset, tmp_path / "run", Settings().with_(changes))
     # A fifth of the typical ones, of 10 x 11 pixels.
-    assert load(tmp_path / "run").min_object_pixels == 22
+    trained = load(tmp_path / "run")
+    assert trained.min_object_pixels == 22
+    # Twice the side of the objects, twice the limit; smaller objects have the same.
+    assert [trained.min_pixels_at(scale) for scale in (0.5, 2.0)] == [44, 22]
+    # Models of earlier versions keep theirs.
+    del trained.runtime.description.provenance["specks_grow"]
+    assert trained.min_pixels_at(0.5) == 22
     assert load(tmp_path / "run").object_side == pytest.approx(110**0.5, abs=1e-3)
     plain = {**changes, "model.objects": False}
     fit(dataset, tmp_path / "plain", Settings().with_(plain))

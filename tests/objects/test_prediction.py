@@ -278,9 +278,10 @@ def test_specks_are_no_objects_in_memory_in_files_and_in_scans(
         np.testing.assert_array_equal(written, found.numbers)
 
 
-def scaled_predictor(factor: float, folder: Path) -> Predictor:
+def scaled_predictor(factor: float, folder: Path, least: int = 0) -> Predictor:
     """A model that was trained on objects so many times as large as those that it finds."""
     model = object_model()
+    model.provenance |= {"min_object_pixels": least, "specks_grow": True}
     areas = make_predictor(model).objects(textured_image(96, 130)).table.areas
     model.provenance["object_side"] = factor * typical_side(areas)
     save_model(model, folder / "model.safetensors")
@@ -367,8 +368,9 @@ def test_objects_at_another_scale_are_the_same_in_tiles_and_in_scans(
 ) -> None:
     from useg.inference import scans
 
-    predictor, image = scaled_predictor(factor, tmp_path), textured_image(96, 130)
+    predictor, image = scaled_predictor(factor, tmp_path, 6), textured_image(96, 130)
     found = predictor.objects(image)
+    assert found.table.areas.min() >= 6 * max(1, 1 / factor)
     assert not np.array_equal(found.numbers, make_predictor(object_model()).objects(image).numbers)
     np.testing.assert_array_equal(predictor.objects(image, 48).numbers, found.numbers)
     monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 1000)

@@ -248,13 +248,7 @@ def label_image(
     if outputs:
         from useg.objects.table import find_objects
 
-        objects = find_objects(
-            outputs,
-            predictor.object_classes,
-            predictor.temperature,
-            label,
-            predictor.min_object_pixels,
-        )
+        objects = find_objects(outputs, predictor.object_classes, predictor.temperature, label)
     return ImagePrediction(image, label, probabilities, objects=objects)
 
 

@@ -291,7 +291,11 @@ class Predictor:
     @property
     def min_object_pixels(self) -> int:
         """The minimum number of pixels of an object; 0 if the model has not learned objects."""
-        return min(runtime.description.min_object_pixels for runtime in self.runtimes)
+        return self.min_pixels_at(1.0)
+
+    def min_pixels_at(self, scale: float) -> int:
+        """Return this minimum for an image that is best computed at ``scale``."""
+        return min(runtime.description.min_pixels_at(scale) for runtime in self.runtimes)
 
     @property
     def object_side(self) -> float:
@@ -318,12 +322,7 @@ class Predictor:
         """
         from useg.objects.table import find_objects
 
-        return find_objects(
-            self.pixel_outputs(image, tile),
-            self.object_classes,
-            self.temperature,
-            min_pixels=self.min_object_pixels,
-        )
+        return find_objects(self.pixel_outputs(image, tile), self.object_classes, self.temperature)
 
     def pixel_outputs(self, image: ImageLike, tile: int | None = None) -> PixelOutputs:
         """Return :meth:`logits`, and the logits of the depth if the model computes them.
@@ -542,7 +541,7 @@ def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) ->
             logits = class_logits(predictor.runtime, predictor.views[0])
         else:
             logits = take_log(predictor.mean_probabilities(class_logits))
-        return PixelOutputs(logits, np.mean(depths, 0))
+        return PixelOutputs(logits, np.mean(depths, 0), predictor.min_pixels_at(scale))
 
     outputs = compute(1.0)
     if not predictor.object_side:
@@ -551,7 +550,6 @@ def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) ->
         outputs,
         compute,
         predictor.object_classes,
-        predictor.min_object_pixels,
         predictor.object_side,
     )
 

@@ -91,6 +91,8 @@ class ScanObjects:
         self._logits: MappedArray | None = None
         if logits_file:
             self._logits = MappedArray(logits_file, (*shape, len(predictor.classes)), np.float32)
+        # The factor on the working size of what was added last.
+        self._scale = 1.0
         # How many objects are numbered; None before the first time, and when a level has changed.
         self._count: int | None = None
 
@@ -102,6 +104,7 @@ class ScanObjects:
             logits: Those at the scale; they receive the result.
             scale: The factor on the working size. It is 1 the first time.
         """
+        self._scale = scale
         if self._logits is None:
             return
         if scale == 1:
@@ -135,7 +138,7 @@ class ScanObjects:
                 levels,
                 numbers,
                 by_class=not self._predictor.has_objects,
-                min_pixels=self._predictor.min_object_pixels,
+                min_pixels=self._predictor.min_pixels_at(self._scale),
                 tile=WORKING_TILE_SIDE,
             )
         return self._count

@@ -125,6 +125,18 @@ class ModelDescription:
         """The pixels that an object needs, to be no speck; 0 if the model has not learned them."""
         return int(self.provenance.get("min_object_pixels", 0)) if self.has_objects else 0
 
+    def min_pixels_at(self, scale: float) -> int:
+        """Return the pixels that an object needs in an image of larger or smaller objects.
+
+        The limit grows with the side of the objects. It does not shrink, and is fixed for models
+        of earlier versions, which lack the entry ``specks_grow``.
+
+        Args:
+            scale: The factor on the working size at which objects are as large as in training.
+        """
+        growth = max(1.0, 1 / scale) if self.provenance.get("specks_grow") else 1.0
+        return round(growth * self.min_object_pixels)
+
     @property
     def object_side(self) -> float:
         """Side of a typical object in the training images, in pixels; 0 if no scale is better.
@@ -291,6 +303,7 @@ class _Provenance(_Checked):
     min_object_pixels: Annotated[int, Field(ge=0, le=10**9)] = 0
     # Of a typical object in a training image, in pixels of the image; 0 if it is not known.
     object_side: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    specks_grow: bool = False
 
 
 class _ModelFile(_Checked):

@@ -152,11 +152,13 @@ class PixelOutputs:
         logits: Those of the classes, ``(K, H, W)``.
         depth: Those of the depth (:mod:`useg.objects.separation`), ``(H, W)``; None if the model
             computes none.
+        min_pixels: Smaller objects are dropped.
         regions: The objects, if they had to be numbered to compute the depth.
     """
 
     logits: NDArray[np.float32]
     depth: NDArray[np.float32] | None = None
+    min_pixels: int = 0
     regions: Regions | None = None
 
 
@@ -165,7 +167,6 @@ def find_objects(
     object_classes: Sequence[int],
     temperature: float = 1.0,
     label: Label | None = None,
-    min_pixels: int = 0,
 ) -> FoundObjects:
     """Find the objects of an image in memory.
 
@@ -174,7 +175,6 @@ def find_objects(
         object_classes: The classes that consist of objects.
         temperature: Divisor of the logits for the confidences.
         label: The label map ``(H, W)``; by default the most probable classes.
-        min_pixels: Smaller objects are dropped.
     """
     logits, regions = outputs.logits, outputs.regions
     label = most_probable(logits) if label is None else label
@@ -183,7 +183,7 @@ def find_objects(
         or tuple(regions.object_classes) != tuple(object_classes)
         or not np.array_equal(regions.label, label)
     ):
-        regions = number_regions(label, outputs.depth, object_classes, min_pixels)
+        regions = number_regions(label, outputs.depth, object_classes, outputs.min_pixels)
     meter = ObjectMeter(regions.count, len(logits), label.shape)
     whole = slice(0, label.shape[0]), slice(0, label.shape[1])
     meter.add(regions.numbers, label, confidence(logits, temperature), whole)
@@ -207,7 +207,6 @@ def refine_outputs(
     outputs: PixelOutputs,
     compute: Callable[[float], PixelOutputs],
     object_classes: Sequence[int],
-    min_pixels: int,
     trained_side: float,
 ) -> PixelOutputs:
     """Return the outputs at the scale that suits the objects of the image.
@@ -219,14 +218,13 @@ def refine_outputs(
         outputs: What the model computes at the working size.
         compute: Computes the same at a factor on the working size.
         object_classes: The classes that consist of objects.
-        min_pixels: Smaller objects do not count.
         trained_side: As for :func:`choose_scale`.
     """
 
     def measure() -> float:
         nonlocal outputs
         label = most_probable(outputs.logits)
-        regions = number_regions(label, outputs.depth, object_classes, min_pixels)
+        regions = number_regions(label, outputs.depth, object_classes, outputs.min_pixels)
         outputs = replace(outputs, regions=regions)
         return choose_scale(np.bincount(regions.numbers.ravel())[1:], trained_side)
 

@@ -289,8 +289,7 @@ def count_image(
         membranes=membranes,
     )
     if true_objects is not None:
-        least = predictor.min_object_pixels
-        found = find_objects(outputs, settings.object_classes, min_pixels=least)
+        found = find_objects(outputs, settings.object_classes)
         instances = tally_classes(found, true_objects, label, settings.object_classes)
         counts = replace(counts, instances=instances)
     return counts, prediction

@@ -502,6 +502,7 @@ def _save_best_model(
     if trainer.objects:
         trainer.model.provenance["min_object_pixels"] = trainer.objects.min_pixels
         trainer.model.provenance["object_side"] = round(trainer.objects.side, 3)
+        trainer.model.provenance["specks_grow"] = True
     if trainer.settings.train.unlabelled_from is not None:
         trainer.model.provenance["unlabelled_from"] = trainer.settings.train.unlabelled_from
     if trainer.start:
