@@ -64,17 +64,6 @@ def add_hood(root: Path) -> Planted:
     return "constant region", set()
 
 
-def invert_some_images(root: Path) -> Planted:
-    files = [find_file(root, k, "images") for k in (2, 7, 8, 15)]
-    return "negative images", {edit_picture(path, lambda image: 255 - image).name for path in files}
-
-
-def exchange_red_and_blue_of_validation(root: Path) -> Planted:
-    files = sorted((root / "val" / "images").iterdir())
-    names = {edit_picture(path, lambda image: image[..., ::-1]).name for path in files}
-    return "red and blue of images exchanged", names
-
-
 DEFECTS = {
     "mask of background only": Defect("streets", empty_one),
     "class without pixels": Defect("streets", remove_class),
@@ -83,8 +72,6 @@ DEFECTS = {
         "streets", relabel_validation, frozenset({"class missing from validation"})
     ),
     "constant region": Defect("streets", add_hood),
-    "some images inverted": Defect("cells", invert_some_images),
-    "validation images in BGR": Defect("streets", exchange_red_and_blue_of_validation),
 }
 
 

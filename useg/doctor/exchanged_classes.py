@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Label
-from useg.doctor.balance import find_negative_images
+from useg.doctor.looks import find_negative_images
 from useg.doctor.measure import (
     THUMBNAIL_SHAPE,
     Finding,

@@ -27,6 +27,7 @@ from useg.doctor import (
     damage,
     exchanged_classes,
     leaks,
+    looks,
     single_masks,
     stored_values,
 )
@@ -80,8 +81,8 @@ CHECKS: tuple[Check, ...] = (
     balance.check_class_pixels,
     balance.check_split_shares,
     balance.check_constant_region,
-    balance.check_negative_images,
-    balance.check_exchanged_image_colors,
+    looks.check_negative_images,
+    looks.check_exchanged_image_colors,
     leaks.check_video_sequences,
     stored_values.describe_stored_values,
 )
