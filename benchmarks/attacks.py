@@ -1,13 +1,18 @@
 """Measure how long good clients wait for a service that is attacked in fourteen ways at once.
 
-    python benchmarks/attacks.py [--seconds 20] [--rounds 3] [--seed 0] [--pause 0.25]
+    python benchmarks/attacks.py [--network tiny] [--seconds 20] [--rounds 3] [--seed 0]
+        [--pause 0.25]
 
 Four good clients send small images to a service with its default limits, and compare each label map
-with the first one. In turns, they do that while nothing else happens ("quiet"), while one process
-of each kind of attack works on another server, which only reads and refuses ("beside"), and while
-these processes attack the service itself ("attacked"). Attackers and clients run on the same cores
-as the service, but attackers get only what nobody else uses (on Linux; elsewhere they have the
-lowest priority); "beside" tells what their own work costs.
+with the first one. The service has the default network at 256x192, or a tiny one at 96x64, which
+takes a millisecond, so that everything else decides.
+
+In turns, the clients do that while nothing else happens ("quiet"), while one process of each kind
+of attack works on another server, which only reads and refuses ("beside"), and while these
+processes attack the service itself ("attacked"). Attackers and clients run on the same cores as the
+service, but attackers get only what nobody else uses (on Linux; elsewhere they have the lowest
+priority); "beside" tells what their own work costs.
+
 Each attack begins at most once in ``--pause`` seconds, against either server. The highest memory of
 the service is compared with what it promises: that of the model at rest, ``limits.memory`` of
 ``GET /model``, and 300 MB. The exit status is 1 if it takes more.
@@ -52,8 +57,14 @@ FORM = "multipart/form-data; boundary=edge"
 INFER = "/v2/models/model/infer"
 
 
-def make_model(folder: Path) -> Path:
-    """Save a small untrained model."""
+NETWORKS = {
+    "default": ({"encoder": "lite0", "depth": 5, "width": 16, "extra_conv": False}, (256, 192)),
+    "tiny": ({"encoder": "plain", "depth": 4, "width": 4, "extra_conv": True}, (96, 64)),
+}
+
+
+def make_model(folder: Path, name: str) -> Path:
+    """Save an untrained model with one of the ``NETWORKS``."""
     import torch
 
     from useg.classes import CARLA
@@ -61,9 +72,10 @@ def make_model(folder: Path) -> Path:
     from useg.models.segmenter import Segmenter, save_model
 
     torch.manual_seed(0)
-    network = {"encoder": "plain", "depth": 4, "width": 4, "padding": "same", "extra_conv": True}
-    network |= {"up_kernel": 2, "normalize": True, "channels": 3, "classes": 13}
-    model = Segmenter(network, CARLA, [110.0] * 3, [60.0] * 3, WorkingSize((96, 64)), "uint8", {})
+    network, frame = NETWORKS[name]
+    network = network | {"padding": "same", "up_kernel": 2, "normalize": True}
+    network |= {"skips": True, "dropout": 0.0, "channels": 3, "classes": 13}
+    model = Segmenter(network, CARLA, [110.0] * 3, [60.0] * 3, WorkingSize(frame), "uint8", {})
     (folder / "model").mkdir()
     save_model(model.eval(), folder / "model" / "model.safetensors")
     return folder / "model"
@@ -338,6 +350,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=NETWORKS, default="default")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -349,7 +362,8 @@ def main() -> None:
         return
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        command = ("-m", "useg", "serve", str(make_model(Path(folder))), "--port", "0", "--quiet")
+        model = str(make_model(Path(folder), options.network))
+        command = ("-m", "useg", "serve", model, "--port", "0", "--quiet")
         with server(*command) as (port, pid), server(__file__, "--refuse") as (other, _):
             good_clients(port, 2, options.seed)
             at_rest = _peak_bytes(pid)
@@ -371,6 +385,7 @@ def main() -> None:
     }
     content = {
         "machine": describe_machine(),
+        "network": options.network,
         "seed": options.seed,
         "seconds": options.seconds,
         "pause": options.pause,
@@ -384,7 +399,7 @@ def main() -> None:
         "promised_bytes": most,
         "rounds": rounds,
     }
-    print(record("attacks", content))
+    print(record("attacks" if options.network == "default" else "attacks_tiny", content))
     if peak > most:
         sys.exit(f"the service took {peak:,} bytes, more than the promised {most:,}")
 

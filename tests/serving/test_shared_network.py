@@ -100,12 +100,13 @@ def test_an_error_reaches_its_caller_and_the_next_call_runs() -> None:
     ("threads", "on_threads", "seconds", "expected"),
     [
         (2, 0.002, lambda count: 0.002 * count, LoadPlan(1, threads=2)),
-        (2, 0.003, lambda count: 0.002 * count, LoadPlan()),
+        (2, 0.005, lambda count: 0.002 * count, LoadPlan()),
+        (2, 0.020, lambda count: 0.018 * count, LoadPlan(1, threads=2)),
         (2, 0.002, lambda count: 0.0017 * count if count > 1 else 0.002, LoadPlan(1, threads=2)),
         (1, 0.001, lambda count: 0.002 * count, LoadPlan()),
         (2, 0.004, lambda count: 0.004 + 0.0005 * count, LoadPlan(8)),
         (2, 0.004, lambda count: 0.01 if count > 2 else 0.004, LoadPlan(8)),
-        (2, 0.004, lambda count: 0.05 * count if count > 2 else 0.004, LoadPlan(2)),
+        (2, 0.005, lambda count: 0.05 * count if count > 2 else 0.004, LoadPlan(2)),
         (2, 0.001, lambda count: 1.0, LoadPlan()),
     ],
 )
