@@ -18,7 +18,7 @@ import pytest
 from mutations import mutated, seeds
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
-FILES, AT_ONCE = (1_000_000, os.cpu_count() or 1) if SOAK else (6_000, 1)
+FILES, AT_ONCE = (1_000_000, os.cpu_count() or 1) if SOAK else (3_000, 1)
 # The number of a file that gives pixels in spite of its damage.
 READABLE = 8
 CHILD = Path(__file__).parents[1] / "fuzz_child.py"

@@ -196,7 +196,7 @@ def test_run_killed_at_any_moment_ends_as_if_it_had_not_been(
 ) -> None:
     finish(forks, disc_folder, tmp_path / "whole")
     life, phases = finish(forks, disc_folder, tmp_path / "again"), set()
-    for seed in range(100 if SOAK else 5):
+    for seed in range(100 if SOAK else 2):
         run = tmp_path / f"run {seed}"
         # So that it is killed while it decodes, too.
         shutil.rmtree(forks.cache)
