@@ -215,7 +215,7 @@ def test_kills_reveal_a_checkpoint_written_without_replacing(
         life = finish(forks, disc_folder, tmp_path / "whole")
         found = (
             names
-            for seed in range(5)
+            for seed in range(10)
             for _, names in kills(forks, disc_folder, tmp_path / f"run {seed}", life, seed)
         )
         assert any("state.pt" in names for names in found)
