@@ -2,10 +2,9 @@
 
 A table (``train.csv`` with ``ImageId,ClassId,EncodedPixels``) has a row for each object, or for
 each class of an image: ``start length start length ...``; or a column for each class. It does not
-say whether the runs follow
-the columns or the rows of the image. In the true order the shapes have shorter boundaries; where
-images are square, stronger edges lie along them. It does not say either whether pixels are counted
-from 1 or from 0, or from the end of the run before.
+say whether the runs follow the columns or the rows of the image. In the true order the shapes have
+shorter boundaries; where images are square, stronger edges lie along them. It does not say either
+whether pixels are counted from 1 or from 0, or from the end of the run before.
 """
 
 from __future__ import annotations
@@ -103,10 +102,9 @@ def is_run_length_csv(path: Path) -> bool:
         return False
     try:
         with open_file(path) as file:
-            text = file.read(_NUM_BYTES_LOOKED_AT).decode("utf-8-sig", "replace")
+            return _find_run_columns(file.read(_NUM_BYTES_LOOKED_AT)) is not None
     except OSError:
         return False
-    return _find_run_columns(text) is not None
 
 
 def _split_table(text: str) -> Iterator[list[str]]:
@@ -121,9 +119,10 @@ def _split_table(text: str) -> Iterator[list[str]]:
         yield [cell.strip() for cell in cells]
 
 
-def _find_run_columns(text: str) -> _RunColumns | None:
+def _find_run_columns(content: bytes) -> _RunColumns | None:
     """Find the columns by the beginning of a table, whose last row may be cut."""
-    header, *rows = list(_split_table(text)) or [[]]
+    beginning = content[:_NUM_BYTES_LOOKED_AT].decode("utf-8-sig", "replace")
+    header, *rows = list(_split_table(beginning)) or [[]]
     rows = rows[:-1] or rows
     named = [k for k, name in enumerate(header) if _RUNS_HEADER.search(name)]
     cells = {k: [row[k] for row in rows if len(row) > k and row[k] not in _EMPTY] for k in named}
@@ -147,10 +146,9 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     Raises:
         DataError: The content does not fit the format.
     """
-    text = content.decode("utf-8-sig")
-    columns = _find_run_columns(text[:_NUM_BYTES_LOOKED_AT])
+    columns = _find_run_columns(content)
     assert columns is not None
-    rows = itertools.islice(_split_table(text), 1, None)
+    rows = itertools.islice(_split_table(content.decode("utf-8-sig")), 1, None)
     entries: dict[str, AnnotatedImage] = {}
     listed: dict[str, tuple[list[str], array[int], list[int]]] = {}
     for row in rows:
