@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import NoReturn
 
 from useg.errors import DataError
 
@@ -94,7 +95,7 @@ def _is_read_anyway(target: str, place: str, top: str) -> bool:
     return is_inside or around.is_relative_to(target)
 
 
-def _refuse_folder(error: OSError) -> None:
+def _refuse_folder(error: OSError) -> NoReturn:
     raise DataError(
         f"the folder '{error.filename}' cannot be read ({error.strerror}); "
         "make it readable, or choose another"
@@ -116,7 +117,4 @@ def list_subfolders(folder: Path) -> list[Path]:
             child for child in folder.iterdir() if child.is_dir() and not _is_hidden(child.name)
         )
     except OSError as error:
-        raise DataError(
-            f"the folder '{folder}' cannot be read ({error.strerror}); "
-            "make it readable, or choose another"
-        ) from error
+        _refuse_folder(error)
