@@ -33,13 +33,3 @@ def test_an_image_passes_through_few_modules(
         # What every job needs, or the measurement missed something.
         assert set(FOUNDATIONS) & set(code_path.lines) >= {"errors.py", "files.py"}
         assert {"models/geometry.py", "models/encoders.py"} <= set(code_path.modules)
-
-
-def test_prediction_imports_nothing_of_training() -> None:
-    code = "import sys, useg.inference.files; print([m for m in sys.modules if m[:5] == 'useg.'])"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
-    assert "useg.inference.tiles" in loaded.stdout
-    assert "useg.training" not in loaded.stdout
-    assert "useg.data.cache" not in loaded.stdout

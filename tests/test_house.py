@@ -64,8 +64,12 @@ def parsed(module: str) -> ast.Module:
 @cache
 def imports(module: str) -> set[str]:
     """Modules of useg that a module imports anywhere, also inside functions."""
+    return imported_by(parsed(module))
+
+
+def imported_by(code: ast.AST) -> set[str]:
     found = set()
-    for node in ast.walk(parsed(module)):
+    for node in ast.walk(code):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "useg":
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -98,6 +102,24 @@ def test_no_modules_import_each_other() -> None:
         for module in free:
             del uses[module]
     assert uses == {}
+
+
+def imported_at_once(module: str) -> set[str]:
+    """Modules of useg that are loaded when a module is imported, with itself."""
+    found, waiting = {module}, [module]
+    while waiting:
+        body = parsed(waiting.pop()).body
+        at_top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        waiting += (new := imported_by(ast.Module(at_top, [])) - found)
+        found |= new
+    return found
+
+
+def test_prediction_imports_nothing_of_training() -> None:
+    loaded = imported_at_once("inference/files.py")
+    assert "inference/tiles.py" in loaded
+    assert not {m for m in loaded if m.startswith("training/") or m == "data/cache.py"}
+    assert "training/loop.py" in imported_at_once("api.py")
 
 
 def test_no_public_name_is_defined_twice() -> None:
