@@ -164,8 +164,7 @@ def train(
     dataset = data if isinstance(data, Dataset) else open_dataset(data, chosen)
     refuse_data_folder(out, dataset)
     if not force and distributed.is_main_process():
-        for doubt in refuse_unsound(dataset):
-            progress.say(doubt)
+        refuse_unsound(dataset, progress.say)
     return _train_and_report(dataset, out, chosen, progress, began)
 
 

@@ -158,8 +158,7 @@ def train_folds(
     described = _describe_folds(made)
     _check_folder(out, described, resume)
     if not force:
-        for doubt in refuse_unsound(made.folds[0].dataset):
-            progress.say(doubt)
+        refuse_unsound(made.folds[0].dataset, progress.say)
     make_folder(out)
     with locked_folder(out):
         write_json(out / FOLDS_NAME, described)

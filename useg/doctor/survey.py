@@ -304,19 +304,23 @@ def survey_dataset(
     )
 
 
-def refuse_unsound(dataset: Dataset) -> tuple[str, ...]:
+def refuse_unsound(dataset: Dataset, say: Callable[[str], None]) -> None:
     """Refuse a data set in which ``useg inspect`` finds errors; training calls this first.
 
     Args:
         dataset: its pairs, with the class table and the splits decided. If nothing has changed
             since it was last found to be sound, no file is decoded.
-
-    Returns:
-        Warnings that images or masks may be wrong, in sentences.
+        say: receives each warning that images or masks may be wrong, as a sentence.
 
     Raises:
         DataError: there are errors; the message lists them and the remedies.
     """
+    for doubt in _find_doubts(dataset):
+        say(doubt)
+
+
+def _find_doubts(dataset: Dataset) -> tuple[str, ...]:
+    """Return the warnings of :func:`refuse_unsound`, which are stored in the cache."""
     folder, key = find_cache_folder(), None
     if folder is not None:
         with suppress(OSError):
