@@ -19,7 +19,7 @@ from pathlib import Path
 from slow_disk import PIECES, write_slowly
 
 from useg.labelling import folder
-from useg.labelling.run import LabelOptions, serve_labelling_page
+from useg.labelling.app import LabelOptions, serve_labelling_page
 
 # A plain save pauses for so many seconds after each piece of the file; a late one begins after the
 # pauses of all pieces.

@@ -17,7 +17,7 @@ from requesting import Reply, request
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from useg.labelling.run import LabelOptions, make_label_server, open_session
+from useg.labelling.app import LabelOptions, make_label_server, open_session
 from useg.labelling.session import LabelSession
 from useg.serving.run import listen
 

@@ -28,7 +28,7 @@ from useg.files import LOCK_NAME, is_draft
 from useg.images import files as image_files
 from useg.inference import exported
 from useg.inference import files as inference_files
-from useg.labelling.run import LabelServer
+from useg.labelling.app import LabelServer
 from useg.ownership import is_own_json
 from useg.serving import export, site
 

@@ -235,7 +235,7 @@ SERVICE = {
         *("app", "connections", "middleware", "open_inference", "request_queue", "responses"),
         *("run", "service", "shared_network", "uploads"),
     )
-} | {"labelling/app.py", "labelling/run.py", "labelling/session.py"}
+} | {"labelling/app.py", "labelling/session.py"}
 
 
 def test_everything_but_the_service_imports_without_the_extras() -> None:

@@ -55,8 +55,8 @@ def label_command(
     _need_packages()
     if model and correct:
         raise SettingsError("--model and --from cannot be combined; use only one of them")
+    from useg.labelling.app import LabelOptions, serve_labelling_page
     from useg.labelling.folder import split_names
-    from useg.labelling.run import LabelOptions, serve_labelling_page
 
     options = LabelOptions(
         images,

@@ -19,7 +19,7 @@ from useg.classes import IGNORE
 from useg.errors import DataError, MachineError
 from useg.labelling import folder as labelled_folder
 from useg.labelling import session as labelling_session
-from useg.labelling.run import LabelOptions, open_session
+from useg.labelling.app import LabelOptions, open_session
 from useg.serving.middleware import Limits
 
 ADDRESSES = (

@@ -11,9 +11,9 @@ from made_doctor import find_file, shift_one_mask, write_cells
 from made_labelling import labelling
 
 from useg.cli import main
+from useg.labelling.app import LabelOptions
 from useg.labelling.folder import LabelFolder
 from useg.labelling.masks import find_faulty, find_paths, suggest_label_command
-from useg.labelling.run import LabelOptions
 from useg.reporting.inspection import inspect_dataset
 
 
@@ -35,7 +35,7 @@ def test_inspect_prints_the_command_that_shows_faulty_masks_first(
     words = shlex.split(line.partition(": ")[2])
     asked: list[LabelOptions] = []
     monkeypatch.setattr(
-        "useg.labelling.run.serve_labelling_page", lambda options, *_, **__: asked.append(options)
+        "useg.labelling.app.serve_labelling_page", lambda options, *_, **__: asked.append(options)
     )
     with pytest.raises(SystemExit):
         main(words[1:])

@@ -23,11 +23,11 @@ from useg.data.layouts import find_dataset
 from useg.data.official_splits import write_split_csv
 from useg.errors import DataError
 from useg.labelling import rounds
+from useg.labelling.app import LabelOptions, open_session
 from useg.labelling.folder import NO_REVISION, LabelFolder
 from useg.labelling.masks import find_paths
 from useg.labelling.round_process import split_painted, train_round
 from useg.labelling.rounds import Rounds, Suggestion, _make_suggestion
-from useg.labelling.run import LabelOptions, open_session
 from useg.models.segmenter import Segmenter, save_model
 from useg.scoring.metrics import confusion, mean_iou, tally
 from useg.training.warm_start import count_seen
