@@ -19,7 +19,8 @@ from made_inference import UTM, small_label_maps
 from useg.classes import IGNORE
 from useg.data.annotations.formats import Reading
 from useg.data.annotations.interchange import read_coco
-from useg.data.annotations.rasterize import compress_rle, decompress_rle, draw_shapes
+from useg.data.annotations.rasterize import draw_shapes
+from useg.data.annotations.shapes import compress_rle, decompress_rle
 from useg.errors import DataError
 from useg.images.files import write_label
 from useg.inference import summaries

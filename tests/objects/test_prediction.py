@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 from useg.classes import ClassTable
-from useg.data.annotations.rasterize import RunLengths, decode_rle, decompress_rle
+from useg.data.annotations.shapes import RunLengths, decode_rle, decompress_rle
 from useg.images.files import read_mask, resize_image
 from useg.inference.files import NOT_KEPT_APART, predict
 from useg.inference.outputs import OutputOptions

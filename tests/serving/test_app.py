@@ -19,7 +19,7 @@ from PIL import Image
 from served import Site, encoded, form, labels, picture, served, tiny
 
 from useg.classes import IGNORE, most_probable, palette
-from useg.data.annotations.rasterize import RunLengths, decode_rle, decompress_rle
+from useg.data.annotations.shapes import RunLengths, decode_rle, decompress_rle
 from useg.images.files import decode_image_and_missing
 from useg.inference.polygons import to_geojson, to_polygons
 from useg.pictures import overlay

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg import __version__
-from useg.data.annotations.rasterize import Drawing
+from useg.data.annotations.shapes import Drawing
 from useg.data.dataset import ClassMasks, Dataset, Instances, Pair
 from useg.errors import SettingsError, UsageError
 from useg.files import draft_folder, flush_folder, replacing
@@ -61,6 +61,7 @@ UNREADABLE_FILE_DIGEST = "unreadable"
 DECODING_MODULES = (
     "classes.py",
     "data/annotations/rasterize.py",
+    "data/annotations/shapes.py",
     "data/cache.py",
     "data/class_mapping.py",
     "data/dataset.py",

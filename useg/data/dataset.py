@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Color, Label, pack_colors, to_label
-from useg.data.annotations.rasterize import BACKGROUND, Drawing, draw_shapes, number_shapes
+from useg.data.annotations.rasterize import draw_shapes, number_shapes
+from useg.data.annotations.shapes import BACKGROUND, Drawing
 from useg.data.class_mapping import ClassMapping
 from useg.errors import DataError
 from useg.images.files import (

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, find_described
-from useg.data.annotations.rasterize import IGNORE_NAME, Drawing
+from useg.data.annotations.shapes import IGNORE_NAME, Drawing
 from useg.data.dataset import Dataset, DetectedLayout, MaskEncoding, Pair, has_no_shapes
 from useg.data.dataset_toml import (
     GlobSettings,

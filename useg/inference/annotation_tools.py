@@ -158,7 +158,7 @@ def _brush_regions(entry: LabelledImage, table: ClassTable) -> list[dict[str, An
 
 def background_id(table: ClassTable) -> int:
     """Return the id of the class ``background``; ``IGNORE`` if there is none."""
-    from useg.data.annotations.rasterize import BACKGROUND
+    from useg.data.annotations.shapes import BACKGROUND
 
     return table.names.index(BACKGROUND) if BACKGROUND in table.names else IGNORE
 
@@ -182,7 +182,7 @@ def _list_regions(
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    from useg.data.annotations.rasterize import encode_rle
+    from useg.data.annotations.shapes import encode_rle
 
     lengths: list[int] = np.frombuffer(encode_rle(mask).lengths, np.uint32).tolist()
     return lengths

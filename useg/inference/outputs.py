@@ -427,7 +427,7 @@ def _write_polygons(
     place: GeoReference | None,
     objects: FoundObjects | None,
 ) -> None:
-    from useg.data.annotations.rasterize import BACKGROUND
+    from useg.data.annotations.shapes import BACKGROUND
     from useg.inference.polygons import object_polygons, to_geojson, to_polygons
 
     if objects is None:

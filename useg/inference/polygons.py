@@ -135,7 +135,8 @@ def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Lab
     The rest is ``IGNORE``. :mod:`useg.data.annotations.rasterize` draws each polygon as one outline
     that goes to every hole, around it and back the same way.
     """
-    from useg.data.annotations.rasterize import Drawing, Shape, draw_shapes, pack_outline
+    from useg.data.annotations.rasterize import draw_shapes
+    from useg.data.annotations.shapes import Drawing, Shape, pack_outline
 
     shapes = []
     for polygon in polygons:

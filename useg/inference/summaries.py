@@ -86,7 +86,7 @@ def write_coco(
     class ``background`` is a category without annotations: readers of COCO files give it to the
     uncovered pixels. Only the annotations of a few images are in memory at a time.
     """
-    from useg.data.annotations.rasterize import BACKGROUND
+    from useg.data.annotations.shapes import BACKGROUND
 
     categories = [
         {"id": k, "name": name, "supercategory": ""} for k, name in enumerate(table.names)
@@ -169,7 +169,7 @@ def annotate_regions(numbers: NDArray[Any], values: NDArray[np.int64]) -> list[d
         numbers: The number of each pixel's region.
         values: The class of each number; ``IGNORE`` leaves it out.
     """
-    from useg.data.annotations.rasterize import compress_rle
+    from useg.data.annotations.shapes import compress_rle
 
     height, width = numbers.shape
     flat = numbers.ravel("F").astype(np.int64)

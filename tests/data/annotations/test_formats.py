@@ -14,7 +14,7 @@ from useg.data.annotations.formats import (
     parse_yaml_names,
     read_class_names,
 )
-from useg.data.annotations.rasterize import Drawing
+from useg.data.annotations.shapes import Drawing
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
 from useg.machine import paused_garbage_collection

@@ -21,7 +21,7 @@ from made_annotations import (
 
 from useg.classes import IGNORE
 from useg.data.annotations import formats
-from useg.data.annotations.rasterize import decompress_rle, encode_rle
+from useg.data.annotations.shapes import decompress_rle, encode_rle
 from useg.data.dataset import read_label
 from useg.data.layouts import find_dataset
 from useg.errors import DataError

@@ -11,14 +11,16 @@ from hypothesis.extra import numpy as arrays
 
 from useg.classes import IGNORE, ClassTable
 from useg.data.annotations import rasterize
-from useg.data.annotations.rasterize import (
+from useg.data.annotations.rasterize import draw_shapes
+from useg.data.annotations.shapes import (
     Drawing,
+    Ellipse,
+    Line,
     RunLengths,
     Shape,
     box_outline,
     compute_shape_area,
     decode_rle,
-    draw_shapes,
     ellipse_outline,
     encode_rle,
     pack_outline,
@@ -45,7 +47,7 @@ def cover(*outlines: list[tuple[float, float]], size: tuple[int, int] = SIZE) ->
 
 
 def draw_line(points: list[tuple[float, float]], width: float) -> np.ndarray:
-    return paint(Shape("a", (rasterize.Line(pack_points(points, "x"), width),))) == 1
+    return paint(Shape("a", (Line(pack_points(points, "x"), width),))) == 1
 
 
 def strip(
@@ -309,8 +311,8 @@ def test_pixels_equal_those_of_pycocotools_away_from_outlines(points):
 @pytest.mark.parametrize(
     "hostile",
     [
-        Shape("a", (rasterize.Ellipse(0.0, 0.0, 9e6, 9e6),) * 70),
-        Shape("a", (rasterize.Line(np.zeros((70, 2)).tobytes(), 10.0),)),
+        Shape("a", (Ellipse(0.0, 0.0, 9e6, 9e6),) * 70),
+        Shape("a", (Line(np.zeros((70, 2)).tobytes(), 10.0),)),
         Shape("a", (pack_outline([(k % 40, k % 2 * 30) for k in range(3000)], "x"),)),
         Shape("a", runs=encode_rle(np.ones((30, 40), bool))),
     ],

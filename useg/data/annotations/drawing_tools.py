@@ -41,7 +41,7 @@ from useg.data.annotations.formats import (
     parse_declared_size,
     read_embedded_mask,
 )
-from useg.data.annotations.rasterize import (
+from useg.data.annotations.shapes import (
     BACKGROUND,
     IGNORE_NAME,
     Drawing,

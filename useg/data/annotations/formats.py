@@ -23,13 +23,7 @@ from xml.parsers import expat
 import yaml
 
 from useg.classes import ClassTable, Color, spread_colors
-from useg.data.annotations.rasterize import (
-    BACKGROUND,
-    IGNORE_NAME,
-    Drawing,
-    RunLengths,
-    encode_rle,
-)
+from useg.data.annotations.shapes import BACKGROUND, IGNORE_NAME, Drawing, RunLengths, encode_rle
 from useg.data.dataset import SPLIT_FOLDERS, SkippedPart
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError

@@ -58,8 +58,8 @@ from useg.data.annotations.platforms import (
     read_label_studio,
     read_supervisely,
 )
-from useg.data.annotations.rasterize import Drawing
 from useg.data.annotations.run_lengths import is_run_length_csv, read_run_lengths
+from useg.data.annotations.shapes import Drawing
 from useg.data.dataset import DetectedLayout, Pair
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError, format_count, join_names

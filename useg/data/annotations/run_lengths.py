@@ -28,7 +28,7 @@ from useg.data.annotations.formats import (
     Reading,
     normalize_class_name,
 )
-from useg.data.annotations.rasterize import Drawing, RunLengths, Shape, decode_rle
+from useg.data.annotations.shapes import Drawing, RunLengths, Shape, decode_rle
 from useg.data.dataset import pick_evenly
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
