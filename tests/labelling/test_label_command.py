@@ -9,7 +9,7 @@ import pytest
 from made_labelling import write_images
 
 from useg.cli import main
-from useg.labelling import run
+from useg.labelling import app
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,13 @@ def test_the_address_is_one_line_with_a_token_on_this_machine_alone(
     monkeypatch.setattr(
         webbrowser, "open", lambda url: opened.append((url, Path(url[7:]).read_text()))
     )
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
     monkeypatch.setattr(
-        run.LabelServer, "run", lambda _, sockets: served.append(sockets[0].getsockname())
+        app.LabelServer, "run", lambda _, sockets: served.append(sockets[0].getsockname())
     )
     for browse in (False, True):
-        options = run.LabelOptions(write_images(tmp_path / str(browse), 1), ("a", "b"))
-        run.serve_labelling_page(options, shown.append, shown.append, browse=browse)
+        options = app.LabelOptions(write_images(tmp_path / str(browse), 1), ("a", "b"))
+        app.serve_labelling_page(options, shown.append, shown.append, browse=browse)
     assert [address[0] for address in served] == ["127.0.0.1"] * 2
     tokens = []
     for url, (_, port) in zip(shown, served, strict=True):
