@@ -198,25 +198,27 @@ def _read_table(text: str, is_list_of_names: bool) -> list[NamedClass]:
     """Read lines of a name with an id, a colour or both; or of names alone."""
     lines = [_IN_BRACKETS.sub(r" \1 ", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("# ", "//", "##"))]
-    rows = [_split_line(line) for line in lines]
+    classes = _read_rows([_split_line(line) for line in lines])
+    if any(each.id is not None or each.color for each in classes):
+        return classes
+    numbered = [named for line in lines if (named := _name_before_id(line))] if classes else []
+    if len(numbered) == len(lines) > 1 and len({each.id for each in numbered}) == len(lines):
+        return numbered
+    return classes if is_list_of_names else []
+
+
+def _read_rows(rows: Sequence[Sequence[str]]) -> list[NamedClass]:
+    """Read the rows of a table, with a header or without; none if a row names no class."""
     if not rows:
         return []
     header = {field.casefold(): k for k, field in enumerate(rows[0])}
     if header.keys() & {*_NAME_KEYS} and not _has_number(rows[0]):
-        classes = [each for row in rows[1:] for each in _class_of_row(row, header)]
-    else:
-        # A first row without numbers above rows with some is a header, in whatever language.
-        is_header = len(rows) > 2 and not _has_number(rows[0]) and all(map(_has_number, rows[1:]))
-        rows = rows[1:] if is_header else rows
-        classes = [each for row in rows for each in _class_without_header(row)]
-        if len(classes) < len(rows):
-            return []
-    has_numbers = any(each.id is not None or each.color for each in classes)
-    if not has_numbers:
-        numbered = [named for line in lines if (named := _name_before_id(line))]
-        if len(numbered) == len(lines) > 1 and len({each.id for each in numbered}) == len(lines):
-            return numbered
-    return classes if has_numbers or is_list_of_names else []
+        return [each for row in rows[1:] for each in _class_of_row(row, header)]
+    # A first row without numbers above rows with some is a header, in whatever language.
+    is_header = len(rows) > 2 and not _has_number(rows[0]) and all(map(_has_number, rows[1:]))
+    rows = rows[1:] if is_header else rows
+    classes = [each for row in rows for each in _class_without_header(row)]
+    return classes if len(classes) == len(rows) else []
 
 
 def _has_number(row: Sequence[str]) -> bool:
@@ -479,22 +481,45 @@ def _find_ids(
     table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
 ) -> list[int] | None:
     """Return the value that masks store for each class of a file; None if they do not fit."""
-    used, number = set(table.values), len(named.classes)
     if named.has_ids:
-        ids = [each.id or 0 for each in named.classes]
-        if used - {0} <= set(ids) and min(ids) >= 0 and max(ids) < 1 << 16:
-            return ids
-        # The file may count 0 and 1 where the masks have 0 and 255.
-        is_binary = len(used) == number == 2
-        return [sorted(used)[sorted(ids).index(each)] for each in ids] if is_binary else None
+        return _fit_listed_ids(table, named)
     if any(each.id is not None for each in named.classes):
         return None
-    if named.has_colors and used <= palette.keys():
-        values = {channels_of(palette[value]): value for value in sorted(palette, reverse=True)}
-        if {channels_of(palette[value]) for value in used} <= {c.color for c in named.classes}:
-            ids = [values.get(each.color or (0, 0, 0), -1) for each in named.classes]
-            free = iter(sorted(set(range(256)) - set(ids)))
-            return [number if number >= 0 else next(free) for number in ids]
+    return _fit_palette(table, named, palette) or _fit_order(table, named)
+
+
+def _fit_listed_ids(table: ClassTable, named: NamedClasses) -> list[int] | None:
+    """Return the ids of a file if the masks have no others beside 0."""
+    used, ids = set(table.values), [each.id or 0 for each in named.classes]
+    if used - {0} <= set(ids) and min(ids) >= 0 and max(ids) < 1 << 16:
+        return ids
+    if len(used) == len(ids) == 2:
+        # The file counts 0 and 1 where the masks have 0 and 255.
+        value_of = dict(zip(sorted(ids), sorted(used), strict=True))
+        return [value_of[each] for each in ids]
+    return None
+
+
+def _fit_palette(
+    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
+) -> list[int] | None:
+    """Return the values that the palette of the masks gives the colours of a file."""
+    if not named.has_colors or not palette.keys() >= set(table.values):
+        return None
+    if not {channels_of(palette[value]) for value in table.values} <= {
+        each.color for each in named.classes
+    }:
+        return None
+    # Of the values of one colour, the lowest counts.
+    values = {channels_of(palette[value]): value for value in sorted(palette, reverse=True)}
+    ids = [values.get(each.color or (0, 0, 0)) for each in named.classes]
+    free = iter(sorted(set(range(256)) - set(ids)))
+    return [next(free) if value is None else value for value in ids]
+
+
+def _fit_order(table: ClassTable, named: NamedClasses) -> list[int] | None:
+    """Return values in the order of a file: from 0 on, or from 1 on beside a background."""
+    used, number = set(table.values), len(named.classes)
     if len(used) == 2 and number in (1, 2) and max(used) > 1:
         return sorted(used)[-number:]
     first = 1 if max(used) == number and 0 in used else 0

@@ -110,29 +110,15 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         DataError: The file is not valid TOML, or has an unknown key or value.
     """
     content = _read_known_keys(file)
-    splits = content.pop("splits", "")
-    globs = splits if isinstance(splits, dict) else {}
-    masks = content.pop("masks", "")
+    masks, splits = content.get("masks", ""), content.get("splits", "")
     class_masks = masks if isinstance(masks, dict) else {}
-    texts = [content.get("images", ""), next(iter(class_masks.values()), masks)]
-    texts += [content.get(key, "") for key in ("classes", "valid")]
-    texts += [*globs.values(), *class_masks.values(), *([] if globs else [splits])]
-    ignore = content.get("ignore", [])
-    if (
-        not all(isinstance(text, str) for text in texts)
-        or not isinstance(ignore, list)
-        or not all(isinstance(v, int | str) for v in ignore)
-    ):
-        raise DataError(
-            f"{file} has a value of the wrong type; images, masks, classes and splits are text in "
-            "quotes, ignore is a list of whole numbers or class names"
-        )
-    flags = {key: content.get(key) for key in ("objects", "alpha")}
-    for key, flag in flags.items():
-        if not isinstance(flag, bool | None):
-            raise DataError(f"{file} has {key} = {flag!r}; choose true or false")
+    split_globs = splits if isinstance(splits, dict) else {}
+    globs = [content.get("images", ""), content.get("valid", "")]
+    globs += [*(class_masks.values() or [masks]), *split_globs.values()]
+    texts = [*globs, content.get("classes", ""), *([] if split_globs else [splits])]
+    _check_types(file, texts, content)
     _check_choices(file, content)
-    for split in globs:
+    for split in split_globs:
         if split not in _OFFICIAL_SPLITS:
             raise DataError(
                 f"{file} has the unknown split {split!r}; "
@@ -143,22 +129,40 @@ def read_dataset_toml(file: Path) -> GlobSettings:
             f'{file} needs both images = "..." and masks = "...", or neither if useg recognises '
             "the folders"
         )
-    for pattern in (*texts[:2], content.get("valid", ""), *globs.values(), *class_masks.values()):
+    for pattern in globs:
         _check_glob(file, pattern)
     return GlobSettings(
-        content.get("images", ""),
-        "" if class_masks else masks,
-        content.get("classes", ""),
-        tuple(ignore),
-        "" if globs else splits,
-        tuple(globs.items()),
-        tuple(class_masks.items()),
-        content.get("valid", ""),
-        **flags,
+        images=content.get("images", ""),
+        masks="" if class_masks else masks,
+        classes=content.get("classes", ""),
+        ignore=tuple(content.get("ignore", ())),
+        splits="" if split_globs else splits,
+        globs=tuple(split_globs.items()),
+        class_masks=tuple(class_masks.items()),
+        valid=content.get("valid", ""),
+        objects=content.get("objects"),
+        alpha=content.get("alpha"),
         empty=content.get("empty", ""),
         has_ignore="ignore" in content,
         missing=content.get("missing", ""),
     )
+
+
+def _check_types(file: Path, texts: Sequence[object], content: Mapping[str, Any]) -> None:
+    """Refuse values of another type than their key takes."""
+    ignore = content.get("ignore", [])
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not isinstance(ignore, list)
+        or not all(isinstance(value, int | str) for value in ignore)
+    ):
+        raise DataError(
+            f"{file} has a value of the wrong type; images, masks, classes and splits are text in "
+            "quotes, ignore is a list of whole numbers or class names"
+        )
+    for key in ("objects", "alpha"):
+        if not isinstance(content.get(key), bool | None):
+            raise DataError(f"{file} has {key} = {content[key]!r}; choose true or false")
 
 
 def _read_known_keys(file: Path) -> dict[str, Any]:

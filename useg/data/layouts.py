@@ -456,14 +456,22 @@ def _describe_annotations(folder: Path) -> Iterator[str]:
 
 
 def _describe_folder(folder: Path) -> str:
-    """Return an error message: what the folder has instead of pairs, and a ``dataset.toml``."""
-    counts = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
-    loose = sum(path.parent == folder for path in list_image_files(folder))
+    """Return an error message: what the folder has instead of pairs, and what to do."""
     others = list_files(folder, _OTHER_SUFFIXES)
     suffixes = Counter(
         ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
         for path in others
     )
+    return (
+        f"'{folder}' has no pairs of image and mask that useg recognises. "
+        f"It has {_list_content(folder, suffixes)}. {_advise(folder, others, suffixes)}"
+    )
+
+
+def _list_content(folder: Path, suffixes: Counter[str]) -> str:
+    """List the images of each sub-folder, those beside them, and the most usual other files."""
+    counts = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
+    loose = sum(path.parent == folder for path in list_image_files(folder))
     named = [f"{child.name}/ ({format_count(count, 'image')})" for child, count in counts.items()]
     shown = named[:8]
     if loose and counts:
@@ -471,41 +479,44 @@ def _describe_folder(folder: Path) -> str:
     elif not counts:
         shown.append(f"{format_count(loose, 'image')} and no sub-folders")
     shown += [format_count(count, f"{suffix} file") for suffix, count in suffixes.most_common(3)]
-    begin = (
-        f"'{folder}' has no pairs of image and mask that useg recognises. It has {', '.join(shown)}"
-    )
-    unread = next((suffix for suffix, _ in suffixes.most_common() if suffix in _ADVICE), "")
-    if unread:
-        return f"{begin}. useg does not read {unread} files: {_ADVICE[unread]}"
+    return ", ".join(shown)
+
+
+def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str:
+    """Say what to do with a folder in which no pairs were found.
+
+    Args:
+        folder: The folder.
+        others: Its files that are not images.
+        suffixes: How many files of each suffix are among them.
+    """
+    for suffix, _ in suffixes.most_common():
+        if suffix in _ADVICE:
+            return f"useg does not read {suffix} files: {_ADVICE[suffix]}"
+    images = list_image_files(folder)
     annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
-    if annotated and not any(counts.values()) and not loose:
+    if annotated and not images:
+        return f"Put the images of '{annotated[0]}' there too, or choose the folder that has both."
+    bare = [] if images else list_files(folder, ("",))
+    if len(bare) > 1:
         return (
-            f"{begin}. Put the images of '{annotated[0]}' there too, or choose the folder that has "
-            "both."
+            f"{format_count(len(bare), 'file')} such as '{bare[0]}' have no suffix; "
+            "give them that of their format, such as .png"
         )
-    if not loose and not any(counts.values()):
-        bare = list_files(folder, ("",))
-        if len(bare) > 1:
-            return (
-                f"{begin}. {format_count(len(bare), 'file')} such as '{bare[0]}' have no suffix; "
-                "give them that of their format, such as .png"
-            )
-    for path in list_image_files(folder)[:_NUM_TRIED]:
+    for path in images[:_NUM_TRIED]:
         try:
             read_size(path)
         except UsageError as error:
-            return f"{begin}. {error}"
-    alike = find_photographs_alike(folder)
-    if alike:
+            return str(error)
+    if alike := find_photographs_alike(folder):
         return (
-            f"{begin}. The names of {alike} agree, but both look like photographs, and masks have "
-            "plain areas of class ids or of few colours. Turn probabilities or heights into class "
-            "ids first, for example by a threshold"
+            f"The names of {alike} agree, but both look like photographs, and masks have plain "
+            "areas of class ids or of few colours. Turn probabilities or heights into class ids "
+            "first, for example by a threshold"
         )
     return (
-        f"{begin}. It recognises images and masks whose names agree, such as images/a.png with "
+        "It recognises images and masks whose names agree, such as images/a.png with "
         "masks/a.png or a.png with a_mask.png, and annotation files of COCO, CVAT, LabelMe, "
         "Label Studio, Supervisely, VIA and YOLO. Rename your files, or write their globs as "
-        "images and masks into "
-        f"{folder / 'dataset.toml'}"
+        f"images and masks into {folder / 'dataset.toml'}"
     )

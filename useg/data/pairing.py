@@ -378,38 +378,39 @@ _MIN_FULL_COVER = 0.99
 _Marked = list[list[NDArray[np.bool_]]]
 
 
+def _are_called_by_words(folders: Iterable[Sequence[Path]]) -> bool:
+    """Whether masks in several folders share a name without a number: that of a class."""
+    names = Counter(path.stem for masks in folders for path in masks)
+    return any(count > 2 and not re.search(r"[0-9]", stem) for stem, count in names.items())
+
+
 def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
     """Pair each image with a folder of masks, one per object: ``ID/images/ID.png``, ``ID/masks/``.
 
     The folder may also be called like the image: ``images/ID.png``, ``masks/ID/0.png``.
     """
     folders: dict[Path, list[Path]] = defaultdict(list)
-    for path in paths:
-        folders[path.parent].append(path)
     stems: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
+        folders[path.parent].append(path)
         stems[plain_stem(path)].append(path)
     places = []
     for folder, masks in folders.items():
         image = _image_of_folder(folder, folders, stems)
         if image is not None and image not in masks:
             places.append((image, folder, masks))
-    several = [masks for image, _, masks in places if len(masks) > 1]
-    names = Counter(path.stem for _, _, masks in places for path in masks)
-    words = [stem for stem, count in names.items() if count > 2 and not re.search(r"[0-9]", stem)]
-    covered = sum(1 + len(masks) for _, _, masks in places)
     # A folder called 0 of many images' masks does not belong to the image 0 alone.
     homes = {image.parent for image, _, _ in places}
     beside = [path for home in homes for path in folders[home]]
-    if (
-        len(places) < 2
-        or 2 * len(places) < len(beside)
-        or not several
-        or words
-        or 2 * covered < len(paths)
-        or any(_has_own_mask(image, masks) for image, _, masks in places)
-        or is_photograph(several[0][0])
-    ):
+    num_covered = sum(1 + len(masks) for _, _, masks in places)
+    if len(places) < 2 or 2 * len(places) < len(beside) or 2 * num_covered < len(paths):
+        return None
+    if _are_called_by_words(masks for _, _, masks in places):
+        return None
+    if any(_has_own_mask(image, masks) for image, _, masks in places):
+        return None
+    several = [masks for _, _, masks in places if len(masks) > 1]
+    if not several or is_photograph(several[0][0]):
         return None
     marked = _read_marked(several)
     if _cover_everything(several, marked):

@@ -317,6 +317,32 @@ def check_segments(file: BinaryIO, plane: Any) -> None:
             f"a strip or tile of it has {segment:,} bytes of pixels, the whole image only "
             f"{plane.nbytes:,}"
         )
+    held = _find_segments(plane, file_bytes(file))
+    num_bytes = sum(count for _, count in held)
+    if num_bytes > 4 * file_bytes(file) + plane.nbytes:
+        raise ValueError("its strips or tiles overlap")
+    if max(count for _, count in held) > 4 * segment + EXTRA_BYTES:
+        raise ValueError("a strip or tile of it is longer than its pixels")
+    # The last strip may be smaller.
+    pixels = len(held) * segment if plane.is_tiled else min(plane.nbytes, len(held) * segment)
+    bits = plane.bitspersample
+    mean = sum(bits) / len(bits) if isinstance(bits, tuple) else bits
+    stored_bytes = int(pixels // plane.dtype.itemsize * mean) // 8
+    check_held(stored_bytes, num_bytes, _MAX_EXPANSION[plane.compression])
+    if plane.compression in JPEG:
+        width, height = (
+            (plane.tilewidth, plane.tilelength)
+            if plane.is_tiled
+            else (plane.imagewidth, plane.rowsperstrip)
+        )
+        num_pixels = plane.imagewidth * plane.imagelength
+        for offset, count in held:
+            file.seek(offset)
+            _check_jpeg(file.read(count), width, height, num_pixels)
+
+
+def _find_segments(plane: Any, size: int) -> list[tuple[int, int]]:
+    """Return the places and lengths of the strips or tiles that a file of ``size`` bytes holds."""
     number, offsets, counts = math.prod(plane.chunked), plane.dataoffsets, plane.databytecounts
     # tifffile would fill the rest with zeros and only log it.
     if min(len(offsets), len(counts)) < number:
@@ -328,29 +354,9 @@ def check_segments(file: BinaryIO, plane: Any) -> None:
         for offset, count in zip(offsets[:number], counts, strict=False)
         if offset and count
     ]
-    size, total = file_bytes(file), sum(count for _, count in held)
     if not held or any(offset + count > size for offset, count in held):
         raise ValueError("its pixels lie beyond the end of the file")
-    if total > 4 * size + plane.nbytes:
-        raise ValueError("its strips or tiles overlap")
-    if max(count for _, count in held) > 4 * segment + EXTRA_BYTES:
-        raise ValueError("a strip or tile of it is longer than its pixels")
-    # The last strip may be smaller.
-    pixels = len(held) * segment if plane.is_tiled else min(plane.nbytes, len(held) * segment)
-    bits = plane.bitspersample
-    mean = sum(bits) / len(bits) if isinstance(bits, tuple) else bits
-    stored_bytes = int(pixels // plane.dtype.itemsize * mean) // 8
-    check_held(stored_bytes, total, _MAX_EXPANSION[plane.compression])
-    if plane.compression in JPEG:
-        width, height = (
-            (plane.tilewidth, plane.tilelength)
-            if plane.is_tiled
-            else (plane.imagewidth, plane.rowsperstrip)
-        )
-        num_pixels = plane.imagewidth * plane.imagelength
-        for offset, count in held:
-            file.seek(offset)
-            _check_jpeg(file.read(count), width, height, num_pixels)
+    return held
 
 
 def _check_jpeg(content: bytes, width: int, height: int, num_pixels: int) -> None:

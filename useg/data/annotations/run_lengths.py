@@ -148,6 +148,28 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     """
     columns = _find_run_columns(content)
     assert columns is not None
+    entries, found = _read_rows(path, content, columns, reading)
+    start, notes = _find_start(found.values())
+    for image, rows in found.items():
+        found[image] = _Rows()
+        with reading.skipping(path, "run lengths", image):
+            found[image] = _count_from_one(rows, start, entries[image], reading)
+    by_columns, note = _find_order(found, entries, reading)
+    if start == 1:
+        found, notes = _confirm_start(found, entries, by_columns, reading)
+    drawn = tuple(
+        replace(entry, drawing=_draw_rows(found.get(image), reading.size(entry), by_columns))
+        for image, entry in entries.items()
+    )
+    all_names = {name for rows in found.values() for name in rows.names}
+    notes = (note, *notes, *_describe_unlisted(path, entries.values(), reading))
+    return Annotations("run lengths", drawn, tuple(sorted(all_names, key=natural_key)), notes=notes)
+
+
+def _read_rows(
+    path: Path, content: bytes, columns: _RunColumns, reading: Reading
+) -> tuple[dict[str, AnnotatedImage], dict[str, _Rows]]:
+    """Return an entry for each image of a table, and the rows of those that have some."""
     rows = itertools.islice(_split_table(content.decode("utf-8-sig")), 1, None)
     entries: dict[str, AnnotatedImage] = {}
     listed: dict[str, tuple[list[str], array[int], list[int]]] = {}
@@ -171,43 +193,42 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
                 numbers.extend(runs)
                 names.append(name)
                 ends.append(len(numbers) // 2)
-    found = {
+    return entries, {
         image: _Rows(names, np.array(numbers, np.int64).reshape(-1, 2).T, np.array(ends, np.int64))
         for image, (names, numbers, ends) in listed.items()
         if names
     }
-    start, notes = _find_start(found.values())
-    for image, rows_of_image in found.items():
-        found[image] = _Rows()
-        with reading.skipping(path, "run lengths", image):
-            found[image] = _count_from_one(rows_of_image, start, entries[image], reading)
-    by_columns, note = _find_order(found, entries, reading)
-    if start == 1 and _reach_borders_from_zero(found, entries, by_columns, reading):
-        notes = (
-            "pixels of the run lengths are counted from 0, because only then do many runs end "
-            "at the borders of the images",
-        )
-        found = {
-            image: replace(each, runs=np.add(each.runs, [[1], [0]]))
-            for image, each in found.items()
-        }
-    elif start == 1:
-        notes = ("pixels of the run lengths are counted from 1, as is usual",)
-    drawn = []
-    for image, entry in entries.items():
-        size = reading.size(entry)
-        shapes: tuple[Shape, ...] = ()
-        if image in found:
-            masks = _to_run_lengths(found[image], size, by_columns)
-            shapes = tuple(
-                Shape(name, runs=runs) for name, runs in zip(found[image].names, masks, strict=True)
-            )
-        drawn.append(replace(entry, drawing=Drawing(shapes, size)))
-    all_names = {name for each in found.values() for name in each.names}
-    notes = (note, *notes, *_describe_unlisted(path, entries.values(), reading))
-    return Annotations(
-        "run lengths", tuple(drawn), tuple(sorted(all_names, key=natural_key)), notes=notes
+
+
+def _confirm_start(
+    found: Mapping[str, _Rows],
+    entries: Mapping[str, AnnotatedImage],
+    by_columns: bool,
+    reading: Reading,
+) -> tuple[dict[str, _Rows], tuple[str]]:
+    """Move runs by a pixel if they count from 0 after all; also return a note."""
+    if not _reach_borders_from_zero(found, entries, by_columns, reading):
+        return dict(found), ("pixels of the run lengths are counted from 1, as is usual",)
+    note = (
+        "pixels of the run lengths are counted from 0, because only then do many runs end at the "
+        "borders of the images"
     )
+    moved = {
+        image: replace(rows, runs=np.add(rows.runs, [[1], [0]])) for image, rows in found.items()
+    }
+    return moved, (note,)
+
+
+def _draw_rows(rows: _Rows | None, size: tuple[int, int], by_columns: bool) -> Drawing:
+    """Return a shape for each row of an image; none if the table has no rows of it."""
+    if rows is None:
+        return Drawing((), size)
+    masks = _to_run_lengths(rows, size, by_columns)
+    return Drawing(tuple(map(_shape_of_runs, rows.names, masks)), size)
+
+
+def _shape_of_runs(name: str, runs: RunLengths) -> Shape:
+    return Shape(name, runs=runs)
 
 
 def _entry(path: Path, image: str) -> AnnotatedImage:
