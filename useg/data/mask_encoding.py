@@ -167,26 +167,11 @@ def find_encoding(
             "the masks have the same colour everywhere and differ in their transparency, so "
             "useg reads the classes from it; to read the colours, set alpha = false in dataset.toml"
         )
-    judgement = _judge_objects(_stored(masks, bool(alpha))) if objects is None else ""
-    if are_inferred and objects is None and not alpha:
-        notes += _ask_about_numbers(judgement, masks, chosen)
-    if judgement == "unclear" and are_inferred:
-        is_sure = _look_alike(masks, chosen, _MIN_COUNTED_REGIONS_ALIKE)
-        judgement = "objects" if is_sure else judgement
-        notes += [] if is_sure else [_UNCLEAR_OBJECTS]
-    objects = objects or judgement == "objects"
-    if judgement == "objects":
-        _refuse_cutouts(masks, chosen)
-        notes.append(_NUMBERED_OBJECTS)
+    if objects is None:
+        objects, found = _find_numbered(masks, chosen, bool(alpha), are_inferred)
+        notes += found
     if are_inferred and not objects:
-        border = find_border(_stored(masks, bool(alpha)))
-        if border not in (None, IGNORE, COLOR_FLAG | VOC_BORDER):
-            shown = f"0x{border - COLOR_FLAG:06x}" if border >= COLOR_FLAG else str(border)
-            notes.append(
-                f"pixels of the value {shown} form thin lines between all areas, like a drawn "
-                f"border; if they are not a class, set ignore = [{shown}] in dataset.toml, "
-                "otherwise ignore this note"
-            )
+        notes += _describe_border(find_border(_stored(masks, bool(alpha))))
     masks.close()
     headers = [header for pair in chosen if (header := _read_header(pair)) is not None]
     scale = find_scale(headers)
@@ -196,7 +181,36 @@ def find_encoding(
             "without smoothing; if they were made that way, ignore this note"
         )
     nodata = sorted({int(value) for header in headers for value in _nodata_of(header)})
-    return MaskEncoding(bool(objects), bool(alpha), scale, tuple(nodata)), tuple(notes)
+    return MaskEncoding(objects, bool(alpha), scale, tuple(nodata)), tuple(notes)
+
+
+def _find_numbered(
+    masks: _Masks, pairs: Sequence[Pair], alpha: bool, are_inferred: bool
+) -> tuple[bool, list[str]]:
+    """Return whether masks number objects, and notes; the arguments are those of find_encoding."""
+    judgement, notes = _judge_objects(_stored(masks, alpha)), []
+    if are_inferred and not alpha:
+        notes += _ask_about_numbers(judgement, masks, pairs)
+    if judgement == "unclear" and are_inferred:
+        if _look_alike(masks, pairs, _MIN_COUNTED_REGIONS_ALIKE):
+            judgement = "objects"
+        else:
+            notes.append(_UNCLEAR_OBJECTS)
+    if judgement == "objects":
+        _refuse_cutouts(masks, pairs)
+        notes.append(_NUMBERED_OBJECTS)
+    return judgement == "objects", notes
+
+
+def _describe_border(border: int | None) -> list[str]:
+    """Say that a code may be a drawn border, unless it is ignored anyway."""
+    if border is None or border in (IGNORE, COLOR_FLAG | VOC_BORDER):
+        return []
+    shown = f"0x{border - COLOR_FLAG:06x}" if border >= COLOR_FLAG else str(border)
+    return [
+        f"pixels of the value {shown} form thin lines between all areas, like a drawn border; if "
+        f"they are not a class, set ignore = [{shown}] in dataset.toml, otherwise ignore this note"
+    ]
 
 
 def _refuse_cutouts(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> None:
@@ -487,18 +501,17 @@ def _judge_objects(masks: Iterable[CodeMap]) -> str:
         return "classes"
     if np.mean([objects.background for objects in found]) < _MIN_BACKGROUND_SHARE:
         return "classes"
-    if _are_classes_and_numbers(found) and _place_variance(found) >= _MIN_PLACE_VARIANCE:
+    lie_anywhere = _place_variance(found) >= _MIN_PLACE_VARIANCE
+    if lie_anywhere and _are_classes_and_numbers(found):
         return "both"
     if len(found) == 1:
         return "objects" if most >= 4 * _MIN_MANY_OBJECTS else "classes"
-    ids = np.concatenate([objects.ids for objects in found])
-    if most >= _MIN_OBJECTS and len(np.unique(ids)) > 0.5 * len(ids):
+    if most >= _MIN_OBJECTS and _differ_between_masks(found):
         return "objects"
-    numbers = {len(objects.ids) for objects in found}
-    is_counted = [objects.ids[-1] <= 1.1 * len(objects.ids) for objects in found]
-    if np.mean(is_counted) < 0.9 or _place_variance(found) < _MIN_PLACE_VARIANCE:
+    if not (lie_anywhere and _count_up(found)):
         return "classes"
-    is_sure = most >= _MIN_OBJECTS and (len(numbers) > 2 or most >= _MIN_MANY_OBJECTS)
+    num_objects = {len(objects.ids) for objects in found}
+    is_sure = most >= _MIN_OBJECTS and (len(num_objects) > 2 or most >= _MIN_MANY_OBJECTS)
     return "objects" if is_sure else "unclear"
 
 
@@ -517,6 +530,17 @@ class _Objects:
     is_single: NDArray[np.bool_]
     middles: NDArray[np.float64]
     background: float
+
+
+def _differ_between_masks(found: Sequence[_Objects]) -> bool:
+    """Whether most values are in one mask only."""
+    ids = np.concatenate([objects.ids for objects in found])
+    return len(np.unique(ids)) > 0.5 * len(ids)
+
+
+def _count_up(found: Sequence[_Objects]) -> bool:
+    """Whether the values are 1 to n, with few gaps, in nearly every mask."""
+    return bool(np.mean([each.ids[-1] <= 1.1 * len(each.ids) for each in found]) >= 0.9)
 
 
 def _single_share(found: Sequence[_Objects]) -> float:
@@ -559,12 +583,17 @@ def _are_classes_and_numbers(found: Sequence[_Objects]) -> bool:
 
 
 def _place_variance(found: Sequence[_Objects]) -> float:
-    """Return which share of the variance of places is within the ids, in the freer direction."""
+    """Return which share of the variance of places is within the ids, in the freer direction.
+
+    It is 1 if no id is in two masks.
+    """
     ids = np.concatenate([objects.ids for objects in found])
     middles = np.concatenate([objects.middles for objects in found])
     _, place, repeats = np.unique(ids, return_inverse=True, return_counts=True)
-    means = np.stack([np.bincount(place, middles[:, axis]) / repeats for axis in (0, 1)], axis=1)
     is_repeated = repeats[place] > 1
+    if not is_repeated.any():
+        return 1.0
+    means = np.stack([np.bincount(place, middles[:, axis]) / repeats for axis in (0, 1)], axis=1)
     within = ((middles - means[place])[is_repeated] ** 2).mean(0)
     total = middles[is_repeated].var(0)
-    return float((within / np.maximum(total, 1e-9)).max()) if is_repeated.any() else 1.0
+    return float((within / np.maximum(total, 1e-9)).max())

@@ -158,29 +158,33 @@ def decide_classes(
             )
             return replace(decision, notes=(*decision.notes, note))
         table = name_classes(decision.table, named, palette)
-        if table is not None:
-            other = find_contradiction(named, listed, {mask.path.parent for mask in masks})
-            if other is not None:
-                return replace(decision, problem=_describe_contradiction(named.file, other.file))
-            if _may_count_from_one(decision.table, named):
-                return replace(decision, problem=_describe_shift(named))
-            is_swapped = table.by_color and not {each.color for each in named.classes} & {
-                color for color in table.colors if color[::-1] != color
-            }
-            how = " if red and blue are exchanged" if is_swapped and named.has_colors else ""
-            if not named.has_ids and not named.has_colors:
-                rows = zip(table.values, table.names, strict=True)
-                how = f" in its order ({_join([f'{value} {name}' for value, name in rows])})"
-            note = (
-                f"the classes are named by '{named.file.relative_to(root)}'{how}; a classes.toml "
-            )
-            return _ignore_unlabelled(
-                replace(decision, table=table, notes=(*decision.notes, note + "overrides it"))
-            )
+        if table is None:
+            continue
+        other = find_contradiction(named, listed, {mask.path.parent for mask in masks})
+        if other is not None:
+            return replace(decision, problem=_describe_contradiction(named.file, other.file))
+        if _may_count_from_one(decision.table, named):
+            return replace(decision, problem=_describe_shift(named))
+        note = (
+            f"the classes are named by '{named.file.relative_to(root)}'"
+            f"{_describe_naming(table, named)}; a classes.toml overrides it"
+        )
+        return _ignore_unlabelled(replace(decision, table=table, notes=(*decision.notes, note)))
     if decision.table.by_color:
         return _name_known_colors(decision)
     hint = describe_ids(decision.table.values)
     return replace(decision, notes=(*decision.notes, *filter(None, (hint,))))
+
+
+def _describe_naming(table: ClassTable, named: NamedClasses) -> str:
+    """Say how a file names classes if not by their own ids or colours, as an addition."""
+    if not named.has_ids and not named.has_colors:
+        rows = zip(table.values, table.names, strict=True)
+        return f" in its order ({_join([f'{value} {name}' for value, name in rows])})"
+    listed = {each.color for each in named.classes}
+    unequal = {color for color in table.colors if color[::-1] != color}
+    is_swapped = table.by_color and named.has_colors and not listed & unequal
+    return " if red and blue are exchanged" if is_swapped else ""
 
 
 def _may_count_from_one(table: ClassTable, named: NamedClasses) -> bool:

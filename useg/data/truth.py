@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -344,18 +344,14 @@ def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
     looks = [_look_at(candidate, images) for candidate in candidates]
     for look in looks:
         look.reason = _no_truth(look, looks)
-    left = _left(looks)
-    usual = [look for look in left if len(look.candidate.masks) >= MIN_COVERAGE * most]
-    for look in left if len(left) > 1 else ():
-        if look not in usual and not any(_may_be_classes(look, other) for other in usual):
-            look.reason = f"exists for only {format_count(len(look.candidate.masks), 'image')}"
-    for one, other in itertools.permutations(_left(looks), 2):
-        if not one.reason and not other.reason:
-            one.reason = _explain(one, other)
-    if len(_left(looks)) > 1:
-        _prefer_by_name(_left(looks))
-    if len(_left(looks)) > 1:
-        _prefer_by_edges(_left(looks), images)
+    for prefer in (
+        partial(_prefer_by_coverage, most=most),
+        _prefer_by_content,
+        _prefer_by_name,
+        partial(_prefer_by_edges, images=images),
+    ):
+        if len(left := _left(looks)) > 1:
+            prefer(left)
     left = _left(looks)
     if len(left) != 1:
         raise OpenChoiceError(_question(looks), candidates, [each.candidate for each in left])
@@ -368,6 +364,21 @@ def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
 
 def _left(looks: Sequence[_Look]) -> list[_Look]:
     return [look for look in looks if not look.reason]
+
+
+def _prefer_by_coverage(left: Sequence[_Look], most: int) -> None:
+    """Leave out masks of few images, unless they may be one of the classes."""
+    usual = [look for look in left if len(look.candidate.masks) >= MIN_COVERAGE * most]
+    for look in left:
+        if look not in usual and not any(_may_be_classes(look, other) for other in usual):
+            look.reason = f"exists for only {format_count(len(look.candidate.masks), 'image')}"
+
+
+def _prefer_by_content(left: Sequence[_Look]) -> None:
+    """Leave out masks that say the same as others or less."""
+    for one, other in itertools.permutations(left, 2):
+        if not one.reason and not other.reason:
+            one.reason = _explain(one, other)
 
 
 def _prefer_by_name(left: Sequence[_Look]) -> None:
