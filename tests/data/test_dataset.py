@@ -209,7 +209,7 @@ def test_tables_of_very_many_cells_are_no_tables_of_paths(tmp_path, monkeypatch,
     path.write_text(pairs)
     assert pair_lists._read_table(path, tails) is not None
     path.write_text(separator * 30 if separator == " " else pairs + separator * 30)
-    monkeypatch.setattr(pair_lists, "_split_rows", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(pair_lists, "split_rows", lambda _: pytest.fail("it was read"))
     assert pair_lists._read_table(path, tails) is None
 
 

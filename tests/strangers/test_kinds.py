@@ -144,8 +144,12 @@ def test_a_table_of_paths_may_have_splits_but_no_two_masks_of_one_image(tmp_path
 def test_a_split_csv_of_another_program_is_read(tmp_path: Path) -> None:
     write(tmp_path)
     lines = [f"{k}.png,{'Training' if k < 6 else 'TEST'}" for k in range(8)]
-    (tmp_path / "split.csv").write_text("\n".join(["filename,set", *lines]))
-    assert [pair.split for pair in find_dataset(tmp_path).pairs] == ["train"] * 6 + ["test"] * 2
+    text = "\n".join(["filename,set", *lines])
+    for content in (text, text.replace(",", ";"), text.replace(",", "\t")):
+        for encoding in ("utf-8", "utf-16"):
+            (tmp_path / "split.csv").write_text(content, encoding)
+            splits = [pair.split for pair in find_dataset(tmp_path).pairs]
+            assert splits == ["train"] * 6 + ["test"] * 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -543,19 +544,32 @@ def test_lists_may_name_folders_of_images(tmp_path: Path) -> None:
     }
 
 
+SPLITS_OF_SIX = dict(zip((f"a{k}" for k in range(6)), (*["train"] * 4, "val", "test"), strict=True))
+
+
+def table_of_splits(header: str, row: str) -> str:
+    flags = {"train": "1,0,0", "val": "0,1,0", "test": "0,0,1"}
+    rows = (row.format(name=n, split=s, flags=flags[s]) for n, s in SPLITS_OF_SIX.items())
+    return "\n".join([header, *rows]) + "\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("splits.json", '{"train": ["a0", "a1.png", "a2", "a3"], "val": ["a4"], "test": ["a5"]}'),
-        (
-            "metadata.csv",
-            "image_id,age,split\n"
-            + "".join(
-                f"a{k},3,{'train' if k < 4 else 'val' if k < 5 else 'test'}\n" for k in range(6)
-            ),
-        ),
+        ("split.json", json.dumps(SPLITS_OF_SIX)),
+        ("my_split.json", '{"split": {"train": ["a0", "a1", "a2", "a3"], "valid": ["a4"], '
+         '"test": ["a5"]}}'),
+        ("partition.json", json.dumps([{"id": n, "set": s} for n, s in SPLITS_OF_SIX.items()])),
+        ("splits.yaml", "train: [a0, a1, a2, a3]\nval:\n  - a4\ntest: [images/a5.png]\n"),
+        ("metadata.csv", table_of_splits("image_id,age,split", "{name},3,{split}")),
+        ("metadata.tsv", table_of_splits("Image Name\tPhase", "{name}.png\t{split}")),
+        ("overview.csv", table_of_splits("tile;kind of use", "{name};{split}")),
+        ("partition.txt", table_of_splits("", "{name}.png,{split}").lstrip()),
+        ("parts.csv", table_of_splits("filename,train,val,test", "{name}.png,{flags}")),
+        ("splits_0.csv", ",train,val,test\n0,a0,a4,a5\n1,a1,,\n2,a2,,\n3,a3,,\n"),
     ],
-)
+)  # fmt: skip
 def test_splits_in_json_and_in_tables_are_official(tmp_path: Path, name: str, content: str) -> None:
     for k in range(6):
         write_pair(tmp_path, k, "images/a{k}.png", "masks/a{k}.png")
@@ -567,6 +581,61 @@ def test_splits_in_json_and_in_tables_are_official(tmp_path: Path, name: str, co
     rows = "".join(f"a{k},{'val' if k < 2 else 'train'}\n" for k in range(6))
     (tmp_path / "split.csv").write_text("image,split\n" + rows)
     assert [pair.split for pair in find_dataset(tmp_path).pairs] == [*["val"] * 2, *["train"] * 4]
+
+
+def test_tables_of_flags_hold_images_out(tmp_path: Path) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "images/a{k}.png", "masks/a{k}.png")
+    (tmp_path / "train.csv").write_text(
+        "fname,name,is_valid\n" + "".join(f"{k},a{k}.png,{k > 3}\n" for k in range(6))
+    )
+    dataset = find_dataset(tmp_path)
+    assert [pair.split for pair in dataset.pairs] == [*["train"] * 4, "val", "val"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("folds.csv", table_of_splits("image,fold0,fold1", "{name}.png,{split},train"), "folds"),
+        ("cv.csv", "image_id,fold\n" + "".join(f"a{k},{k % 3}\n" for k in range(6)), "folds"),
+        ("splits_final.json", json.dumps([{"train": ["a0", "a1"], "val": ["a2"]}] * 2), "folds"),
+        ("splits.yml", "f0: {train: [a0], val: [a1]}\nf1: {train: [a1], val: [a0]}", "folds"),
+        ("train_fold0.txt", "a0\na1\na2\n", "folds"),
+        ("split.xlsx", "PK", "does not read"),
+        ("train_test_split.txt", "1 1\n2 0\n", "too few of their lines"),
+    ],
+)
+def test_splits_that_are_not_used_are_mentioned(
+    tmp_path: Path, name: str, content: str, says: str
+) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "images/a{k}.png", "masks/a{k}.png")
+    assert find_dataset(tmp_path).notes == ()
+    (tmp_path / name).write_text(content)
+    dataset = find_dataset(tmp_path)
+    (note,) = dataset.notes
+    assert note.startswith(f"{name}: ")
+    assert says in note
+    assert "write a split.csv" in note
+    assert {pair.split for pair in dataset.pairs} == {""}
+
+
+def test_lists_hold_images_of_a_folder_for_training_out(tmp_path: Path) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "train/images/a{k}.png", "train/masks/a{k}.png")
+        write_pair(tmp_path, k, "test/images/b{k}.png", "test/masks/b{k}.png")
+    (tmp_path / "train.txt").write_text("a0\na1\na2\na3\n")
+    (tmp_path / "val.txt").write_text("a4\na5\nb1\n")
+    dataset = find_dataset(tmp_path)
+    assert Counter(pair.split for pair in dataset.pairs) == {"train": 4, "val": 2, "test": 6}
+
+
+def test_tables_about_images_name_no_classes(tmp_path: Path) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "images/a{k}.png", "masks/a{k}.png")
+    rows = "".join(f"a{k}.png,day,{k}\n" for k in range(6))
+    (tmp_path / "metadata.csv").write_text("picture,light,patient\n" + rows)
+    assert find_dataset(tmp_path).classes.names[0] == "class 0"
 
 
 def test_of_several_frames_for_one_mask_that_of_its_name_is_taken(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from useg.classes import ClassTable, Color, pack_color, spread_colors
 from useg.data.annotations.formats import read_xml
 from useg.data.dataset import pick_evenly
 from useg.data.mask_content import channels_of
+from useg.data.names import plain_stem
 from useg.errors import UsageError
 from useg.folders import list_files
+from useg.images.files import list_image_files
 from useg.parsing import decode_text, read_limited
 
 NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")
@@ -114,7 +116,8 @@ def means_unlabelled(name: str) -> bool:
 def find_class_names(root: Path) -> list[NamedClasses]:
     """Read the files in a folder that list classes; others are skipped.
 
-    Of the same list in several places, as in the folder of each split, the first counts.
+    Of the same list in several places, as in the folder of each split, the first counts. Tables
+    about the images list no classes.
     """
     files = list_files(root, NAME_FILE_SUFFIXES)
     places: dict[tuple[Path, str], list[Path]] = {}
@@ -126,7 +129,15 @@ def find_class_names(root: Path) -> list[NamedClasses]:
         for file in few:
             for named in read_name_file(file):
                 found.setdefault(named.classes, named)
-    return list(found.values())
+    stems = {plain_stem(path) for path in list_image_files(root)} if found else set()
+    return [named for named in found.values() if not _lists_images(named, stems)]
+
+
+def _lists_images(named: NamedClasses, stems: Set[str]) -> bool:
+    """Whether most names in a list are those of image files."""
+    return 2 * sum(plain_stem(Path(each.name)) in stems for each in named.classes) > len(
+        named.classes
+    )
 
 
 def find_contradiction(

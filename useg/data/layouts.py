@@ -42,7 +42,7 @@ from useg.data.dataset_toml import (
 from useg.data.mask_encoding import find_encoding
 from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.names import are_described, name_files
-from useg.data.official_splits import read_split_csv, read_split_lists, split_of_list
+from useg.data.official_splits import LIST_SUFFIXES, read_split_csv, read_split_lists
 from useg.data.pair_lists import find_listed
 from useg.data.pairing import find_pairs, find_photographs_alike, match_lists
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
@@ -65,7 +65,6 @@ _ANNOTATED = re.compile(rb'"(annotations|shapes|regions)"\s*:\s*[\[{]\s*[\[{"]|<
 _RECOGNIZERS = (find_pairs, find_listed, find_annotated)
 
 
-_LIST_SUFFIXES = (".txt", ".csv", ".lst", ".json")
 _TIFF_SUFFIXES = (".tif", ".tiff")
 _STACK_SUFFIXES = (*_TIFF_SUFFIXES, ".dcm", ".dicom")
 # If an image has up to this many pages and its mask has one, the pages are bands; more are a stack.
@@ -259,32 +258,19 @@ def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> D
 
 
 def _split_by_lists(found: DetectedLayout, folder: Path, own: str) -> DetectedLayout:
-    """Split pairs that no folder splits by ``train.txt`` and its like."""
-    files = list_files(folder, _LIST_SUFFIXES)
+    """Split pairs by ``train.txt`` and its like, unless folders hold out some for validation."""
+    files = list_files(folder, LIST_SUFFIXES)
     lists = [path for path in files if path != folder / (own or "split.csv")]
-    if not lists or any(pair.split for pair in found.pairs):
+    if not lists or any(pair.split == "val" for pair in found.pairs):
         return found
     listed = read_split_lists(lists, found.pairs, folder)
-    if listed is None:
-        return replace(found, notes=(*found.notes, *_describe_unused_lists(lists, folder)))
     names = ", ".join(path.name for path in listed.files)
     return replace(
         found,
         pairs=listed.pairs,
-        splits_by=f"official: {names}",
+        splits_by=f"official: {names}" if names else found.splits_by,
         notes=(*found.notes, *listed.notes),
     )
-
-
-def _describe_unused_lists(lists: Sequence[Path], folder: Path) -> Iterator[str]:
-    """Say that files called like lists of splits name other images."""
-    unused = [path for path in lists if path.suffix == ".txt" and split_of_list(path.stem)]
-    if unused:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in unused[:_NUM_TRIED])
-        yield (
-            f"{names}: no official splits, since too few of their lines name an image with a mask; "
-            "to use them, write a split.csv with the columns image,split"
-        )
 
 
 def _describe_links(folder: Path) -> Iterator[str]:

@@ -14,6 +14,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from useg.data.dataset import SPLIT_FOLDERS, SPLITS, Dataset, Pair, pair_name
 from useg.data.names import (
@@ -47,22 +50,34 @@ _LIST_WORDS = frozenset(
 _MAX_LIST_BYTES = 50_000_000
 # A line for each of a million images.
 _MAX_CSV_BYTES = 256 << 20
-# Columns of a CSV file of splits.
-_IMAGE_COLUMNS = (
-    "image",
-    "filename",
-    "file_name",
-    "file",
-    "name",
-    "path",
-    "image_path",
-    "id",
-    "image_id",
+_MAX_NAMED = 3
+_MAX_FILES_OF_A_SUFFIX = 20
+# Columns of a table of splits; the values of some say by 1 and 0 whether an image is in a split.
+_IMAGE_COLUMNS = frozenset(
+    [
+        *("image", "filename", "file_name", "file", "name", "path", "image_path", "id", "image_id"),
+        *("image_name", "imagename", "imageid", "img", "img_name", "img_path", "image_file"),
+        *("filepath", "file_path", "sample", "case", "slide_id", "tile", "stem", "key"),
+    ]
 )
-_SPLIT_COLUMNS = ("split", "set", "subset", "partition")
-_MAX_HEADER_BYTES = 10_000
-# Words in the names of JSON files that list splits.
-_SPLIT_WORDS = frozenset(["split", "splits", "partition", "partitions", "subset", "subsets"])
+_SPLIT_COLUMNS = frozenset(["split", "set", "subset", "partition", "phase", "usage"])
+_FLAG_COLUMN = re.compile(r"(?:is_)?(train|training|val|valid|validation|test|testing)")
+_FOLD_COLUMN = re.compile(r"(k_?)?folds?(_?(id|[0-9]+))?|(cv|split|partition)_?[0-9]+")
+_YES = frozenset(["1", "1.0", "true", "yes", "y", "x"])
+_NO = frozenset(["", "0", "0.0", "false", "no", "n"])
+# The beginning of a table shows whether it has splits.
+_NUM_BYTES_LOOKED_AT = 1 << 16
+# PyYAML reads a megabyte in ten seconds.
+_MAX_YAML_BYTES = 300_000
+# Words in the names of files that list splits, and files that are only mentioned.
+_SPLIT_WORDS = frozenset(
+    ["split", "splits", "partition", "partitions", "subset", "subsets", "fold", "folds", "kfold"]
+)
+_FOLD_NAME = re.compile(r"(?<![a-z])k?folds?(?![a-z])|(cv|split|partition)[_ -]?[0-9]")
+_YAML_SUFFIXES = (".yaml", ".yml")
+_UNREAD_SUFFIXES = (".pkl", ".pickle", ".npz", ".mat", ".xlsx", ".xls", ".ods", ".pt", ".parquet")
+LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".lst", ".json", *_YAML_SUFFIXES, *_UNREAD_SUFFIXES)
+_HOW_TO_CHOOSE = "to use them, write a split.csv with the columns image,split"
 # A list counts if it names at least this share of files that are there.
 _MIN_KNOWN = 0.5
 
@@ -159,26 +174,26 @@ class _SplitList:
 
 @dataclass(frozen=True)
 class ListedSplits:
-    """Pairs with the splits of the lists ``files``; ``notes`` say what is in none of them."""
+    """Pairs with the splits of the lists ``files``, if there are any, and notes about them."""
 
     pairs: tuple[Pair, ...]
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
 
-def read_split_lists(
-    files: Sequence[Path], pairs: Sequence[Pair], root: Path
-) -> ListedSplits | None:
+def read_split_lists(files: Sequence[Path], pairs: Sequence[Pair], root: Path) -> ListedSplits:
     """Split pairs by text files such as ``train.txt`` and ``ImageSets/Segmentation/val.txt``.
 
-    A line names an image, or a folder of images: DAVIS lists its videos. Tables with the columns
-    image and split, and JSON such as ``{"train": [...], "val": [...]}``, are lists too.
+    A line names an image, or a folder of images: DAVIS lists its videos. Lists are also tables with
+    the split of each image, or with flags such as ``is_valid``, and JSON or YAML such as
+    ``{"train": [...], "val": [...]}``.
 
-    The lists of one folder count: of those that name most pairs. Images in no list are for
-    training if there is no list for training, and otherwise in the split ``gap``.
+    The lists of one folder count: of those that name most pairs. Images in no list keep the split
+    of their folder. Otherwise they are for training if there is no list for training, and else in
+    the split ``gap``. Images in a folder for testing stay there.
 
     Args:
-        files: Text and JSON files in the data folder.
+        files: Text, JSON and YAML files in the data folder, and others with their suffixes.
         pairs: The pairs, whose images or masks the lists name: by path, by name, or without the
             suffix.
         root: The data folder.
@@ -187,11 +202,19 @@ def read_split_lists(
         DataError: An image is in two lists.
     """
     groups: dict[Path, list[_SplitList]] = defaultdict(list)
+    with_folds: list[Path] = []
+    # Where there are more, each image has one.
+    counts = Counter((path.parent, path.suffix) for path in files)
     for path in files:
-        if split := split_of_list(path.stem):
-            groups[path.parent].append(_SplitList(path, split))
-        for split, lines in _read_split_table(path).items():
-            groups[path].append(_SplitList(path, split, tuple(lines)))
+        is_few = counts[path.parent, path.suffix] <= _MAX_FILES_OF_A_SUFFIX
+        listed, has_folds = _read_split_file(path) if is_few or _is_called_so(path) else ({}, False)
+        with_folds += [path] if has_folds else []
+        split = split_of_list(path.stem)
+        if len(listed) > 1:
+            groups[path] += [_SplitList(path, each, tuple(listed[each])) for each in listed]
+        elif split and (path.suffix.lower() != ".json" or split in listed):
+            lines = tuple(listed[split]) if split in listed else None
+            groups[path.parent].append(_SplitList(path, split, lines))
     names = _names_of(pairs, root) if groups else {}
     folders = _folders_of(pairs, root) if groups else {}
     best: tuple[dict[Pair, str], tuple[Path, ...]] = ({}, ())
@@ -199,17 +222,56 @@ def read_split_lists(
         found = _read_group(groups[folder], names, folders)
         best = found if len(found[0]) > len(best[0]) else best
     splits, used = best
+    is_split = any(pair.split for pair in pairs)
+    if is_split and "val" not in splits.values():
+        # Such lists say no more than the folders.
+        splits, used = {}, ()
+    notes = tuple(_describe_unused_lists(files, with_folds, used, root))
     if not splits:
-        return None
-    rest = "gap" if "train" in splits.values() else "train"
+        return ListedSplits(tuple(pairs), (), notes)
+    rest = "" if is_split else "gap" if "train" in splits.values() else "train"
     num_rest = len(pairs) - len(splits)
     shown = ", ".join(path.name for path in used)
-    what = "left out" if rest == "gap" else "for training"
+    what = {"gap": "left out", "train": "for training"}.get(rest, "in the split of their folder")
+    in_none = f"{format_count(num_rest, 'image')} in none of {shown}: {what}"
     return ListedSplits(
-        tuple(replace(pair, split=splits.get(pair, rest)) for pair in pairs),
+        tuple(
+            pair
+            if pair.split == "test"
+            else replace(pair, split=splits.get(pair, pair.split or rest))
+            for pair in pairs
+        ),
         used,
-        (f"{format_count(num_rest, 'image')} in none of {shown}: {what}",) if num_rest else (),
+        (in_none, *notes) if num_rest else notes,
     )
+
+
+def _describe_unused_lists(
+    files: Sequence[Path], with_folds: Sequence[Path], used: Sequence[Path], root: Path
+) -> Iterator[str]:
+    """Say which files seem to have splits that are not used: of folds, of other images, unread."""
+    kinds: dict[str, list[str]] = {"folds": [], "unread": [], "unknown": []}
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        has_word = _is_called_so(path)
+        is_list = path.suffix in (".txt", ".lst") and split_of_list(path.stem)
+        if path in used:
+            continue
+        if path in with_folds or (_FOLD_NAME.search(name.casefold()) and (has_word or is_list)):
+            kinds["folds"].append(name)
+        elif path.suffix.lower() in _UNREAD_SUFFIXES:
+            kinds["unread"] += [name] if has_word else []
+        elif not used and (has_word or is_list):
+            kinds["unknown"].append(name)
+    for kind, reason in (
+        ("folds", "not used, since they have several folds or splits, and useg takes none of them"),
+        ("unread", "no official splits, since useg does not read such files"),
+        ("unknown", "no official splits, since too few of their lines name an image with a mask"),
+    ):
+        if kinds[kind]:
+            more = len(kinds[kind]) - _MAX_NAMED
+            names = ", ".join(kinds[kind][:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+            yield f"{names}: {reason}; {_HOW_TO_CHOOSE}"
 
 
 def split_of_list(stem: str) -> str:
@@ -245,41 +307,148 @@ def _folders_of(pairs: Sequence[Pair], root: Path) -> dict[str, tuple[Pair, ...]
     return {end: tuple(inside[min(found)]) for end, found in ends.items() if len(found) == 1}
 
 
-def _read_split_table(path: Path) -> dict[str, list[str]]:
-    """Return the images of each split that a CSV or JSON file lists; none for other files."""
-    found: dict[str, list[str]] = defaultdict(list)
-    is_json = path.suffix.lower() == ".json"
-    if is_json and _SPLIT_WORDS.isdisjoint(map(str.casefold, split_folder(path.stem))):
-        return found
+def _read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
+    """Return the images of each split that a file lists, and whether it has several divisions."""
+    suffix, is_called_so = path.suffix.lower(), _is_called_so(path)
     try:
-        with open_file(path) as file:
-            header = file.readline(_MAX_HEADER_BYTES).decode("utf-8-sig", "replace")
-        if not is_json and not all(_find_columns(header.strip().split(","))):
-            return found
-        text = decode_text(read_limited(path, _MAX_LIST_BYTES))
-        if is_json:
-            content = parse_json(text)
-            for name, listed in content.items() if isinstance(content, dict) else ():
-                if name.casefold() in SPLIT_FOLDERS and isinstance(listed, list):
-                    found[SPLIT_FOLDERS[name.casefold()]] += map(str, listed)
-        else:
-            rows = csv.DictReader(io.StringIO(text), restval="")
-            image, split = _find_columns(rows.fieldnames or ())
-            for row in rows:
-                if (named := SPLIT_FOLDERS.get(row[split].strip().casefold())) is not None:
-                    found[named].append(row[image])
-    except (OSError, ValueError, csv.Error):
-        return {}
-    return found if len(found) > 1 else {}
+        if suffix in (".csv", ".tsv", ".txt"):
+            return _read_split_table(path)
+        if suffix in _YAML_SUFFIXES and is_called_so:
+            text = decode_text(read_limited(path, _MAX_YAML_BYTES))
+            return _divide_content(yaml.safe_load(text))
+        if suffix == ".json" and (is_called_so or _is_list_of_names(path)):
+            content = parse_json(decode_text(read_limited(path, _MAX_LIST_BYTES)))
+            split = split_of_list(path.stem)
+            return _divide_content({split: content} if split else content)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, csv.Error):
+        pass
+    return {}, False
 
 
-def _find_columns(header: Sequence[str]) -> tuple[str, str]:
-    """Return the columns of images and of splits, or ``""``."""
-    image, split = (
-        next((column for column in header if column in names), "")
-        for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
-    )
-    return image, split
+def _is_called_so(path: Path) -> bool:
+    """Return whether a file's name has a word such as split or fold."""
+    return not _SPLIT_WORDS.isdisjoint(map(str.casefold, split_folder(path.stem)))
+
+
+def _is_list_of_names(path: Path) -> bool:
+    """Return whether a JSON file is called like a list of a split, and begins with a text."""
+    if not split_of_list(path.stem):
+        return False
+    with open_file(path) as file:
+        return re.match(rb'\s*\[\s*"', file.read(_NUM_BYTES_LOOKED_AT)) is not None
+
+
+def _read_split_table(path: Path) -> tuple[dict[str, list[str]], bool]:
+    with open_file(path) as file:
+        beginning = file.read(_NUM_BYTES_LOOKED_AT)
+    rows = list(split_rows(io.StringIO(decode_text(beginning, "replace"), newline=None)))
+    columns = _find_split_columns(rows[:-1] if len(beginning) == _NUM_BYTES_LOOKED_AT else rows)
+    if columns is None or columns.has_folds:
+        return {}, columns is not None
+    text = decode_text(read_limited(path, _MAX_LIST_BYTES))
+    return columns.divide(split_rows(io.StringIO(text, newline=None))), False
+
+
+def split_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the rows of a table, whose first line shows what separates its cells."""
+    filled = (line for line in lines if line.strip())
+    first = next(filled, "")
+    delimiter = next((each for each in "\t;,|" if each in first), "")
+    rows = itertools.chain((first,), filled)
+    if delimiter:
+        yield from csv.reader(rows, delimiter=delimiter)
+    else:
+        yield from (re.split(r"\s+", line.strip()) for line in rows)
+
+
+@dataclass(frozen=True)
+class _SplitColumns:
+    """Where a table has splits.
+
+    Args:
+        image: The column that names images; None if each column lists the images of a split.
+        splits: What the cells of other columns mean, in lower case; or the split of all.
+        has_header: Whether the first row is none of the images.
+        has_folds: Whether there are several divisions, so that none of them is meant.
+    """
+
+    image: int | None
+    splits: Mapping[int, Mapping[str, str] | str]
+    has_header: bool = True
+    has_folds: bool = False
+
+    def divide(self, rows: Iterable[list[str]]) -> dict[str, list[str]]:
+        """Return the images of each split; none if there is only one."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for row in itertools.islice(rows, int(self.has_header), None):
+            for k, meaning in self.splits.items():
+                cell = row[k].strip() if k < len(row) else ""
+                split = meaning if isinstance(meaning, str) else meaning.get(cell.casefold(), "")
+                name = cell if self.image is None else "".join(row[self.image : self.image + 1])
+                if split and name:
+                    found[split].append(name)
+        return found if len(found) > 1 else {}
+
+
+def _find_split_columns(rows: Sequence[Sequence[str]]) -> _SplitColumns | None:
+    """Find the columns of a table that give its images splits, or None."""
+    if len(rows) < 2:
+        return None
+    header = [re.sub(r"[\s-]+", "_", cell.strip().casefold()) for cell in rows[0]]
+    below = [
+        {row[k].strip().casefold() for row in rows[1:] if k < len(row)} for k in range(len(header))
+    ]
+    named = [
+        k
+        for k, cells in enumerate(below)
+        if cells & SPLIT_FOLDERS.keys()
+        and (header[k] in _SPLIT_COLUMNS or cells - {""} <= SPLIT_FOLDERS.keys())
+    ]
+    has_header = not any(header[k] in SPLIT_FOLDERS for k in named)
+    others = [k for k, name in enumerate(header) if k not in named and name]
+    image = next((k for k in others if header[k] in _IMAGE_COLUMNS), None)
+    usual = [k for k in named if header[k] in _SPLIT_COLUMNS]
+    if len(named) == 1 or len(usual) == 1:
+        image = next(iter(others), None) if image is None else image
+        splits = dict.fromkeys(usual[:1] or named, SPLIT_FOLDERS)
+        return None if image is None else _SplitColumns(image, splits, has_header)
+    flags = {
+        k: SPLIT_FOLDERS[match[1]]
+        for k, name in enumerate(header)
+        if (match := _FLAG_COLUMN.fullmatch(name)) and below[k] - _NO
+    }
+    if image is not None and flags and all(below[k] <= _YES | _NO for k in flags):
+        other = "" if len(flags) > 1 else "test" if "train" in flags.values() else "train"
+        meanings = {
+            k: dict.fromkeys(_YES, split) | dict.fromkeys(_NO, other) for k, split in flags.items()
+        }
+        return _SplitColumns(image, meanings)
+    if image is None and len(set(flags.values())) > 1 and "train" in flags.values():
+        return _SplitColumns(None, flags)
+    has_folds = image is not None and any(map(_FOLD_COLUMN.fullmatch, header))
+    return _SplitColumns(image, {}, has_folds=True) if has_folds or len(named) > 1 else None
+
+
+def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]], bool]:
+    """Return the images of each split in JSON or YAML, and whether it has several divisions."""
+    found: dict[str, list[str]] = defaultdict(list)
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        keys = [key for key, value in content[0].items() if not isinstance(value, dict | list)]
+        records = (each for each in content if isinstance(each, dict))
+        rows = [[str(each.get(key, "")) for key in keys] for each in records]
+        columns = _find_split_columns([[str(key) for key in keys], *rows])
+        if columns is not None:
+            return columns.divide([[], *rows]), columns.has_folds
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, list) and (split := SPLIT_FOLDERS.get(str(name).casefold())):
+            found[split] += [str(each) for each in value if isinstance(each, str | int)]
+        elif isinstance(value, str) and (split := SPLIT_FOLDERS.get(value.casefold())):
+            found[split].append(str(name))
+    if found or depth > 0 or not isinstance(content, dict | list):
+        return found, False
+    inner = content.values() if isinstance(content, dict) else content
+    divisions = [each for each, _ in (_divide_content(part, 1) for part in inner) if len(each) > 1]
+    return (divisions[0], False) if len(divisions) == 1 else ({}, len(divisions) > 1)
 
 
 def _read_group(
@@ -435,18 +604,21 @@ def restore_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | No
 def _split_rows(path: Path) -> Iterator[tuple[str, str]]:
     """Yield a CSV file's images with their splits, row by row: short rows are very many."""
     try:
-        text = read_limited(path, _MAX_CSV_BYTES).decode("utf-8-sig")
-        rows = csv.DictReader(io.StringIO(text), restval="")
-        header = rows.fieldnames or ()
-        image, split = _find_columns(header)
-        if not image or not split:
+        text = decode_text(read_limited(path, _MAX_CSV_BYTES), "strict")
+        rows = split_rows(io.StringIO(text, newline=None))
+        header = next(rows, [])
+        image, split = (
+            next((k for k, name in enumerate(header) if name.strip().casefold() in names), None)
+            for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
+        )
+        if image is None or split is None:
             columns = ", ".join(header) or "(none)"
             raise DataError(
                 f"'{path}' has the columns {columns}, but it needs "
                 "image,split in its first line, and one line per image"
             )
         for row in rows:
-            name, named = row[image], row[split]
+            name, named = (row[k] if k < len(row) else "" for k in (image, split))
             part = SPLIT_FOLDERS.get(named.strip().casefold(), named)
             if part not in SPLITS:
                 raise DataError(

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair, pick_evenly
 from useg.data.names import IMAGE_WORDS, MASK_WORDS, find_by_tail, path_tails, split_name
-from useg.data.official_splits import split_of_list
+from useg.data.official_splits import split_of_list, split_rows
 from useg.data.truth import is_photograph
 from useg.errors import DataError, format_count
 from useg.folders import list_files, natural_key
@@ -105,8 +104,9 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
         if content.count(b"\n") + content.count(b"\r") + separators > _MAX_CELLS:
             return None
         text = decode_text(content)
-        read = _split_json if table.suffix.lower() in _JSON_SUFFIXES else _split_rows
-        rows = [row for row in read(text) if any(cell.strip() for cell in row)]
+        lines = (line for line in io.StringIO(text, newline=None) if not line.startswith("#"))
+        read = _split_json if table.suffix.lower() in _JSON_SUFFIXES else split_rows
+        rows = [row for row in read(lines) if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error):
         return None
     if len(rows) < 2:
@@ -130,26 +130,16 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
     return _Listed(*(tuple(column) for column in zip(*found, strict=True))) if found else None
 
 
-def _split_json(text: str) -> Iterator[list[str]]:
+def _split_json(lines: Iterable[str]) -> Iterator[list[str]]:
     """Yield the keys of the first line's texts, and then the texts of every line."""
     keys: list[str] = []
-    for line in io.StringIO(text, newline=None):
+    for line in lines:
         content = parse_json(line) if line.strip() else None
         if isinstance(content, dict):
             if not keys:
                 keys = [key for key, value in content.items() if isinstance(value, str)]
                 yield keys
             yield [str(content.get(key, "")) for key in keys]
-
-
-def _split_rows(text: str) -> Iterator[list[str]]:
-    read = io.StringIO(text, newline=None)
-    lines = [line for line in read if line.strip() and not line.startswith("#")]
-    delimiter = next((each for each in "\t;," if lines and each in lines[0]), "")
-    if delimiter:
-        yield from csv.reader(lines, delimiter=delimiter)
-    else:
-        yield from (re.split(r"\s+", line.strip()) for line in lines)
 
 
 def _columns_of_files(rows: Sequence[Sequence[str]], tails: _Tails) -> Iterator[int]:
