@@ -55,7 +55,7 @@ from useg.inference import tiles
 from useg.inference.files import predict
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor, resize_logits
-from useg.inference.resampling import label_compiled
+from useg.inference.resampling import label_compiled, resize_compiled
 from useg.machine import in_parallel
 from useg.models import segmenter
 from useg.pictures import add_legend, overlay
@@ -114,7 +114,9 @@ def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
     seconds["decode"], images = seconds_of(read_image, paths[:NUM_MEASURED])
     height, width = images[0].shape[:2]
     size = description.working.of(width, height)
-    seconds["resize"], reduced = seconds_of(lambda image: resize_image(image, size), images)
+    seconds["resize"], reduced = seconds_of(
+        lambda image: resize_compiled(image, size, resize_image), images
+    )
     seconds["network"], logits = seconds_of(
         lambda pixels: tiles.predict_tiled(pixels, predictor.runtime.run, description.geometry, 0),
         reduced,

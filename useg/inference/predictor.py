@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,6 +32,7 @@ from useg.models.description import ModelDescription
 from useg.models.geometry import fit_bands
 
 if TYPE_CHECKING:
+    from useg.inference.resampling import LabelFunction, ResizeFunction
     from useg.objects.table import FoundObjects, PixelOutputs
 
 # One image, or a batch of them.
@@ -206,17 +208,10 @@ class Predictor:
         if not self.is_single:
             return most_probable(self.logits(image, tile))
         pixels = self._check_image(image)
-        logits = _working_outputs(self.runtime, self.views[0], pixels, tile)[: len(self.classes)]
-        return self._label(logits, *pixels.shape[:2])
-
-    def _label(self, logits: NDArray[np.float32], height: int, width: int) -> Label:
-        """Return the most probable classes of logits ``(K, h, w)`` at the size of the image."""
-        self._num_logits += len(logits) * height * width
-        if self._num_logits <= MIN_COMPILED_LOGITS:
-            return _label_resized(logits, height, width)
-        from useg.inference.resampling import label_compiled
-
-        return label_compiled(logits, height, width, _label_resized)
+        self._num_logits += len(self.classes) * pixels[..., 0].size
+        resize, choose_classes = _find_resampling(self._num_logits)
+        logits = _working_outputs(self.runtime, self.views[0], pixels, tile, resize)
+        return choose_classes(logits[: len(self.classes)], *pixels.shape[:2])
 
     def probabilities(self, image: ImagesLike, tile: int | None = None) -> NDArray[np.float32]:
         """Return class probabilities ``(K, H, W)`` float32, which sum to 1 at each pixel.
@@ -502,6 +497,18 @@ def _native_outputs(
     return native
 
 
+def _find_resampling(num_logits: int) -> tuple[ResizeFunction, LabelFunction]:
+    """Return what resizes images and labels logits: compiled after so many logits."""
+    if num_logits <= MIN_COMPILED_LOGITS:
+        return resize_image, _label_resized
+    from useg.inference.resampling import label_compiled, resize_compiled
+
+    return (
+        partial(resize_compiled, reference=resize_image),
+        partial(label_compiled, reference=_label_resized),
+    )
+
+
 def _label_resized(logits: NDArray[np.float32], height: int, width: int) -> Label:
     """Return the most probable classes of logits ``(K, h, w)`` at another size."""
     resized = resize_logits(torch.from_numpy(logits)[None], height, width)
@@ -509,12 +516,16 @@ def _label_resized(logits: NDArray[np.float32], height: int, width: int) -> Labe
 
 
 def _working_outputs(
-    runtime: runtimes.Runtime, view: AugmentedView, image: Image, tile: int | None
+    runtime: runtimes.Runtime,
+    view: AugmentedView,
+    image: Image,
+    tile: int | None,
+    resize: ResizeFunction = resize_image,
 ) -> NDArray[np.float32]:
     """Return all logits of one model for one view of an image, at the size that it computes."""
     height, width = image.shape[:2]
     size = view.size(*runtime.description.working.of(width, height))
-    pixels = view.apply(resize_image(image, size))
+    pixels = view.apply(resize(image, size))
     network_geometry = runtime.description.geometry
     if tile is None:
         tile, network_geometry = _choose_windows(runtime, pixels)

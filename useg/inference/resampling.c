@@ -1,7 +1,8 @@
-/* Resize logits and choose the class of every pixel, in one pass, without the resized logits.
+/* Resize color images, and choose the class of every pixel of resized logits.
 
-   The numbers are those of PyTorch's bilinear interpolation of columns, then of rows with the
-   pixels of a row as channels: the same products, rounded at the same places. */
+   Images are Pillow's to the bit. Logits are resized and compared in one pass, which does not store
+   them. Their numbers are those of PyTorch's bilinear interpolation of columns, then of rows with
+   the pixels of a row as channels: the same products, rounded at the same places. */
 
 #include <math.h>
 #include <stdint.h>
@@ -126,5 +127,63 @@ int useg_label(const float *logits, int64_t classes, int64_t h, int64_t w, int64
         memcpy(labels + y * width, line, width);
     }
     free(rows), free(weights), free(lows), free(padded), free(line);
+    return failed;
+}
+
+/* Pillow's integer weights have this many fraction bits. */
+#define WEIGHT_BITS 22
+#define HALF (1 << (WEIGHT_BITS - 1))
+#define CHANNELS 3
+
+/* One pixel: its three colors, and the first color of the next pixel, which is not used. */
+typedef int32_t pixel __attribute__((vector_size(16)));
+
+/* Along one axis, each new pixel is a weighted mean of ``taps`` pixels in a row from its first. */
+typedef struct {
+    int64_t taps;
+    const int32_t *firsts, *weights;
+} filter;
+
+static void resize_pixels(const int32_t *from, int64_t width, filter columns, uint8_t *to) {
+    const int32_t *weight = columns.weights;
+    for (int64_t x = 0; x < width; x++) {
+        const int32_t *values = from + CHANNELS * columns.firsts[x];
+        pixel sum = {HALF, HALF, HALF, HALF};
+        for (int64_t k = 0; k < columns.taps; k++, values += CHANNELS) {
+            pixel one;
+            memcpy(&one, values, sizeof one);
+            sum += *weight++ * one;
+        }
+        for (int c = 0; c < CHANNELS; c++) to[CHANNELS * x + c] = sum[c] >> WEIGHT_BITS;
+    }
+}
+
+/* image (h, w, 3) -> resized (height, width, 3), columns first; returns whether there was no
+   memory. */
+int useg_resize(const uint8_t *image, int64_t h, int64_t w, int64_t height, int64_t width,
+                int64_t column_taps, const int32_t *column_firsts, const int32_t *column_weights,
+                int64_t row_taps, const int32_t *row_firsts, const int32_t *row_weights,
+                uint8_t *resized) {
+    const filter columns = {column_taps, column_firsts, column_weights};
+    const int64_t size = CHANNELS * width, length = CHANNELS * w;
+    /* Taps with a weight of 0 lie behind the last pixel of a row. */
+    int32_t *line = calloc(length + CHANNELS * column_taps + 1, sizeof *line);
+    int32_t *sums = malloc(size * sizeof *sums);
+    uint8_t *rows = malloc(h * size);
+    const int failed = !line || !sums || !rows;
+    for (int64_t y = 0; !failed && y < h; y++) {
+        for (int64_t x = 0; x < length; x++) line[x] = image[y * length + x];
+        resize_pixels(line, width, columns, rows + y * size);
+    }
+    for (int64_t y = 0; !failed && y < height; y++) {
+        for (int64_t x = 0; x < size; x++) sums[x] = HALF;
+        for (int64_t k = 0; k < row_taps; k++) {
+            const int32_t weight = row_weights[y * row_taps + k];
+            const uint8_t *row = rows + (row_firsts[y] + k) * size;
+            for (int64_t x = 0; weight && x < size; x++) sums[x] += weight * row[x];
+        }
+        for (int64_t x = 0; x < size; x++) resized[y * size + x] = sums[x] >> WEIGHT_BITS;
+    }
+    free(line), free(sums), free(rows);
     return failed;
 }

@@ -1,10 +1,12 @@
-"""The compiled labels against PyTorch's, and where they are not used."""
+"""The compiled labels and images against PyTorch's and Pillow's, and where they are not used."""
 
 from __future__ import annotations
 
+import ctypes
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,16 @@ import torch
 from made_inference import make_model, make_predictor, random_image
 from numpy.typing import NDArray
 
+from useg.images.files import resize_image
 from useg.inference import predictor, resampling
 from useg.inference.predictor import _label_resized
-from useg.inference.resampling import LABEL_SIGNATURES, label_compiled
+from useg.inference.resampling import (
+    RESAMPLING_SIGNATURES,
+    _label_probe,
+    _resize_probe,
+    label_compiled,
+    resize_compiled,
+)
 from useg.models.geometry import WorkingSize
 from useg.models.kernels import COMPILERS, compile_sources
 
@@ -40,6 +49,16 @@ def nearly_equal(classes: int, height: int, width: int, seed: int = 0) -> NDArra
     return logits
 
 
+def compile_changed(folder: Path, part: str, other: str) -> ctypes.CDLL:
+    source = SOURCE.read_text("utf-8")
+    assert part in source
+    changed = folder / "resampling.c"
+    changed.write_text(source.replace(part, other), "utf-8")
+    kernel = compile_sources([changed], RESAMPLING_SIGNATURES)
+    assert kernel
+    return kernel
+
+
 def unused(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.uint8]:
     raise AssertionError("PyTorch is not needed")
 
@@ -60,7 +79,7 @@ def unused(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.u
 def test_labels_are_those_of_pytorch_to_the_last_bit(
     classes: int, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    kernel = resampling._find_kernel(_label_resized)
+    kernel = resampling._find_kernel(_label_resized, _label_probe)
     if kernel is None and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("PyTorch rounds in another way here")
     assert kernel
@@ -68,6 +87,70 @@ def test_labels_are_those_of_pytorch_to_the_last_bit(
         logits = nearly_equal(classes, *before, seed)
         found = resampling._label(kernel, logits, *after)
         assert (found == _label_resized(logits, *after)).all()
+
+
+def noise(height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    shape = height, width, channels
+    return np.random.default_rng(height).integers(0, 256, shape, np.uint8)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((600, 800), (192, 256)),
+        ((48, 64), (150, 200)),
+        ((31, 97), (17, 13)),
+        ((40, 40), (40, 9)),
+        ((1, 1), (3, 2)),
+        ((5, 700), (4, 1)),
+    ],
+)
+def test_resized_images_are_those_of_pillow_to_the_last_bit(
+    before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    def unused(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+        raise AssertionError("Pillow is not needed")
+
+    # The kernel is found with Pillow, and stored for the function that is not needed, too.
+    resampling._kernels[unused] = resampling._find_kernel(resize_image, _resize_probe)
+    image, size = noise(*before), after[::-1]
+    assert (resize_compiled(image, size, unused) == resize_image(image, size)).all()
+    reversed_image = image[::-1]
+    found = resize_compiled(reversed_image, size, unused)
+    assert (found == resize_image(reversed_image, size)).all()
+    del resampling._kernels[unused]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [noise(50, 60, 1), noise(50, 60, 4), noise(50, 60).astype(np.uint16), noise(190, 12)],
+    ids=["grey", "four bands", "16 bits", "rows first"],
+)
+def test_pillow_resizes_what_the_kernel_does_not_know(image: NDArray[np.uint8]) -> None:
+    called = []
+
+    def count(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+        called.append(size)
+        return resize_image(image, size)
+
+    found = resize_compiled(image, (10, 20), count)
+    assert (found == resize_image(image, (10, 20))).all()
+    assert called == [(10, 20)]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("pixel sum = {HALF, HALF, HALF, HALF};", "pixel sum = {0, 0, 0, 0};"),
+        ("sums[x] = HALF;", "sums[x] = HALF + 1000;"),
+        ("#define WEIGHT_BITS 22", "#define WEIGHT_BITS 21"),
+    ],
+)
+def test_a_kernel_that_resizes_otherwise_is_not_used(tmp_path: Path, part: str, other: str) -> None:
+    kernel = compile_changed(tmp_path, part, other)
+    assert not resampling._agrees(kernel, resize_image, _resize_probe)
 
 
 @needs_compiler
@@ -86,13 +169,8 @@ def test_labels_are_those_of_pytorch_to_the_last_bit(
 def test_a_kernel_that_rounds_or_chooses_otherwise_is_not_used(
     tmp_path: Path, part: str, other: str
 ) -> None:
-    source = SOURCE.read_text("utf-8")
-    assert part in source
-    changed = tmp_path / "resampling.c"
-    changed.write_text(source.replace(part, other), "utf-8")
-    kernel = compile_sources([changed], LABEL_SIGNATURES)
-    assert kernel
-    assert not resampling._agrees(kernel, _label_resized)
+    kernel = compile_changed(tmp_path, part, other)
+    assert not resampling._agrees(kernel, _label_resized, _label_probe)
 
 
 def test_pytorch_labels_without_a_compiler(monkeypatch: pytest.MonkeyPatch, no_cache: None) -> None:
@@ -113,7 +191,7 @@ def test_no_thread_waits_while_another_one_compiles(no_cache: None) -> None:
 def test_pytorch_labels_what_keeps_its_size_and_what_is_narrow(after: tuple[int, int]) -> None:
     logits = nearly_equal(3, 6, 8)
     assert (label_compiled(logits, *after, _label_resized) == _label_resized(logits, *after)).all()
-    if resampling._find_kernel(_label_resized):
+    if resampling._find_kernel(_label_resized, _label_probe):
         with pytest.raises(AssertionError, match="not needed"):
             label_compiled(logits, *after, unused)
 
@@ -121,16 +199,21 @@ def test_pytorch_labels_what_keeps_its_size_and_what_is_narrow(after: tuple[int,
 def test_a_predictor_compiles_when_it_has_labelled_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
-    def count(logits: NDArray[np.float32], *rest: int) -> NDArray[np.uint8]:
-        called.append(logits.shape)
-        return label_compiled(logits, *rest)
+    def count(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(values: NDArray[Any], *rest: Any, **reference: Any) -> NDArray[Any]:
+            called.append(values.shape)
+            result: NDArray[Any] = function(values, *rest, **reference)
+            return result
 
-    monkeypatch.setattr(resampling, "label_compiled", count)
+        return counted
+
+    monkeypatch.setattr(resampling, "resize_compiled", count(resize_compiled))
+    monkeypatch.setattr(resampling, "label_compiled", count(label_compiled))
     monkeypatch.setattr(predictor, "MIN_COMPILED_LOGITS", 4 * 96 * 128)
     model = make_predictor(make_model(working=WorkingSize((32, 24))))
     image = random_image(96, 128)
     first = model(image)
     assert not called
     assert (model(image) == first).all()
-    assert called == [(4, 24, 32)]
+    assert called == [(96, 128, 3), (4, 24, 32)]
     assert (model(image) == model.probabilities(image).argmax(0)).all()
