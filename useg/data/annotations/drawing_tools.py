@@ -205,8 +205,10 @@ def read_via(path: Path, content: dict[str, Any], reading: Reading) -> Annotatio
         DataError: The content does not fit the format.
     """
     if _is_via3(content):
+        reading.check_count(path, len(content["view"]))
         return _read_via_images(path, _list_via3(content), reading)
     images = content.get("_via_img_metadata", content)
+    reading.check_count(path, len(images))
     listed = []
     for image in images.values():
         with reading.skipping(path, "VIA"):
@@ -243,6 +245,7 @@ def read_via_csv(path: Path, content: bytes, reading: Reading) -> Annotations:
     listed: dict[str, list[tuple[Any, Any]]] = {}
     for row in rows:
         regions = listed.setdefault(row["filename"], [])
+        reading.check_count(path, len(listed))
         with reading.skipping(path, "VIA"):
             shape = json.loads(row["region_shape_attributes"] or "{}")
             if shape:
@@ -426,6 +429,7 @@ def read_cvat(path: Path, root: Element, reading: Reading) -> Annotations:
             "export the task as 'CVAT for images 1.1'"
         )
     entries = []
+    reading.check_count(path, sum(1 for _ in root.iter("image")))
     for image in root.iter("image"):
         with reading.skipping(path, "CVAT for images"):
             entries.append(_read_image(path, image, reading))

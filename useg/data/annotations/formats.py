@@ -29,7 +29,7 @@ from useg.data.official_splits import find_official_split
 from useg.errors import DataError
 from useg.images.files import decode_coverage, decode_size, read_size
 from useg.images.formats import IMAGE_SUFFIXES
-from useg.parsing import open_file, read_limited
+from useg.parsing import open_file, read_limited, shorten
 
 # A list of class names is far smaller: 30 kB name 1,203 classes. Parsing as much takes a second.
 MAX_YAML_BYTES = 100_000
@@ -41,6 +41,21 @@ _LARGE_BYTES, _MIN_BYTES_PER_ITEM = 5_000_000, 7
 # Formats with a file for each image store each point as such an item. One image has far fewer.
 _ONE_IMAGE_KEYS = (b'"imagePath"', b'"imgHeight"', b'"geometryType"', b"<Vertex")
 _MAX_ITEMS_OF_AN_IMAGE = 500_000
+# Letters as escapes, or UTF-16, would hide these keys; no tool writes so many points like that.
+_HIDDEN_KEYS = re.compile(rb"\\u00[4-7]|\0")
+
+# An XML element has at most so many attributes, and a file so many different names: each of them
+# takes time and memory.
+_MAX_XML_NAMES = 1000
+# XML is parsed in parts, after each of which the names are counted. An element that ends in no part
+# is read anew with each, so there are few.
+_XML_PART_BYTES, _MAX_XML_PARTS = 1 << 20, 16
+
+# So many images of one file may be missing. COCO's largest file has 123,403.
+MAX_MISSING_IMAGES = 125_000
+
+# Longest path on Linux.
+MAX_IMAGE_NAME_LENGTH = 4096
 
 # Parts of one file that are skipped, each with a sentence; a file with more is refused.
 MAX_SKIPPED = 10_000
@@ -69,6 +84,12 @@ class AnnotatedImage:
     drawing: Drawing
     split: str = ""
     others: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.image) > MAX_IMAGE_NAME_LENGTH:
+            raise ValueError(
+                f"the image name {shorten(self.image)} has {len(self.image):,} characters"
+            )
 
 
 @dataclass(frozen=True)
@@ -218,6 +239,18 @@ class Reading:
                 image,
             )
 
+    def check_count(self, file: Path, count: int) -> None:
+        """Refuse a file that names so many images that very many of them must be missing.
+
+        Raises:
+            DataError: There are too many.
+        """
+        if count > len(self.images) + MAX_MISSING_IMAGES:
+            raise DataError(
+                f"'{file}' names {count:,} images, but the data set has {len(self.images):,}; put "
+                "the images there, or remove the others from the file"
+            )
+
     def find(self, entry: AnnotatedImage) -> Path | None:
         """Find the image that an entry names.
 
@@ -281,6 +314,8 @@ class Reading:
 
     def _named(self, name: str) -> list[Path]:
         found = self._by_name.get(name.casefold()) or self._by_stem.get(name.casefold(), [])
+        if not found:
+            return []
         if name and not _has_image_suffix(name):
             found = self._by_stem.get(name.casefold(), found)
         elif found and found[0].name.casefold() != name.casefold():
@@ -355,7 +390,7 @@ def read_json(path: Path) -> Any:
         DataError: The file cannot be read, is too large, or is not JSON.
     """
     try:
-        return json.loads(read_bytes(path, b"[{"))
+        return json.loads(read_bytes(path, b"[{", b"{"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"'{path}' is not valid JSON ({error}); save or copy it again, or remove it"
@@ -369,13 +404,13 @@ def read_xml(path: Path) -> Element:
         DataError: The file cannot be read, is too large, is not XML, or declares a document type.
     """
     builder = TreeBuilder()
-    parser = expat.ParserCreate()
+    parser = expat.ParserCreate(intern={})
     parser.StartElementHandler = builder.start
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.data
     parser.StartDoctypeDeclHandler = _refuse_doctype
     try:
-        parser.Parse(read_bytes(path, b"<"), True)
+        _parse_xml(parser, read_bytes(path, b"<", b"="))
         return builder.close()
     except (OSError, ValueError, expat.ExpatError) as error:
         raise DataError(
@@ -383,17 +418,42 @@ def read_xml(path: Path) -> Element:
         ) from error
 
 
-def read_bytes(path: Path, opening: bytes = b"\n") -> bytes:
+def _parse_xml(parser: expat.XMLParserType, content: bytes) -> None:
+    """Parse XML in parts.
+
+    Raises:
+        ValueError: There are too many different names, or attributes of one element.
+    """
+    step = max(_XML_PART_BYTES, len(content) // _MAX_XML_PARTS)
+    for start in range(0, len(content), step):
+        parser.Parse(content[start : start + step], False)
+        # An element that is not complete has not been counted.
+        place = max(0, parser.CurrentByteIndex)
+        if max(len(parser.intern), content.count(b"=", place, start + step)) > _MAX_XML_NAMES:
+            raise ValueError(f"it has more than {_MAX_XML_NAMES:,} different names")
+    parser.Parse(b"", True)
+
+
+def read_bytes(path: Path, opening: bytes = b"\n", costly: bytes = b"") -> bytes:
     """Read a file unless it, or the number of items that it opens, is too large.
+
+    Args:
+        path: The file.
+        opening: The characters each of which begins an item.
+        costly: Characters each of which takes as much memory as one more item.
 
     Raises:
         ValueError: It is too large.
     """
     content = read_limited(path, MAX_ANNOTATION_BYTES)
-    count = sum(content.count(bytes([character])) for character in opening)
-    if len(content) > _LARGE_BYTES and count * _MIN_BYTES_PER_ITEM > len(content):
-        raise ValueError(f"it has {count:,} nested items in {len(content):,} bytes")
-    if count > _MAX_ITEMS_OF_AN_IMAGE and any(key in content for key in _ONE_IMAGE_KEYS):
+    count, more = (
+        sum(content.count(bytes([character])) for character in each) for each in (opening, costly)
+    )
+    if len(content) > _LARGE_BYTES and (count + more) * _MIN_BYTES_PER_ITEM > len(content):
+        raise ValueError(f"it has {count + more:,} nested items in {len(content):,} bytes")
+    if count > _MAX_ITEMS_OF_AN_IMAGE and (
+        any(key in content for key in _ONE_IMAGE_KEYS) or _HIDDEN_KEYS.search(content)
+    ):
         raise ValueError(
             f"it has {count:,} points and other items for one image, more than the allowed "
             f"{_MAX_ITEMS_OF_AN_IMAGE:,}"

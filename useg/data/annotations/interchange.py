@@ -121,6 +121,8 @@ def read_coco(path: Path, content: dict[str, Any], reading: Reading) -> Annotati
                 entry.drawing.size,
             ),
         )
+        if boxes[key] or shapes[key]
+        else entry
         for key, entry in images.items()
     )
     return Annotations("coco", tuple(entries), tuple(names.values()))
@@ -138,6 +140,7 @@ def _read_images(
 ) -> dict[Any, AnnotatedImage]:
     """Return an entry without shapes for each image, by the image's id."""
     entries = {}
+    reading.check_count(path, len(content["images"]))
     for image in content["images"]:
         with reading.skipping(path, "COCO"):
             size = parse_declared_size(image.get("width"), image.get("height"))

@@ -13,6 +13,7 @@ shape. A line is one pixel wide, a point covers nothing.
 from __future__ import annotations
 
 import base64
+import os
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -99,7 +100,9 @@ def read_label_studio(path: Path, content: Any, reading: Reading) -> Annotations
     """
     masks = find_brush_masks(reading.images)
     entries, num_open, num_many = [], 0, 0
-    for task in content if isinstance(content, list) else [content]:
+    tasks = content if isinstance(content, list) else [content]
+    reading.check_count(path, len(tasks))
+    for task in tasks:
         with reading.skipping(path, "Label Studio"):
             annotations = _list_annotations(task)
             if not annotations:
@@ -151,8 +154,9 @@ def _read_task(
         regions = [_label_region(region, annotation["result"]) for region in annotation["result"]]
     name = _image_name(fields)
     others = (_UPLOAD_PREFIX.sub("", name, count=1),) if _UPLOAD_PREFIX.match(name) else ()
-    entry = AnnotatedImage(path, name, Drawing((), (0, 0)), others=others)
-    entry = replace(entry, drawing=Drawing((), _declared_size(regions) or reading.size(entry)))
+    entry = AnnotatedImage(path, name, Drawing((), _declared_size(regions)), others=others)
+    if entry.drawing.size is None:
+        entry = replace(entry, drawing=Drawing((), reading.size(entry)))
     shapes = []
     for region in regions:
         with reading.skipping(path, "Label Studio", name):
@@ -164,7 +168,7 @@ def _read_task(
         shapes = [
             Shape(normalize_class_name(tag), mask=StoredMask(file)) for _, tag, file in sorted(own)
         ]
-    return replace(entry, drawing=Drawing(tuple(shapes), entry.drawing.size))
+    return replace(entry, drawing=Drawing(tuple(shapes), entry.drawing.size)) if shapes else entry
 
 
 def _image_name(fields: Mapping[str, Any]) -> str:
@@ -181,8 +185,9 @@ def _image_name(fields: Mapping[str, Any]) -> str:
         if parts and (inside := parse_qs(parts.query).get("d")):
             path = inside[0]
         path = unquote(path).replace("\\", "/")
-        if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-            return Path(path).name
+        # Files may have hundreds of thousands of tasks, for which pathlib takes seconds.
+        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+            return os.path.basename(path)
     raise ValueError("a task has no image file")
 
 

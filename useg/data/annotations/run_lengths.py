@@ -182,6 +182,7 @@ def _read_rows(
             image, _, kind = image.rpartition("_")
         if image not in entries:
             entries[image], listed[image] = _entry(path, image), ([], array("q"), [])
+            reading.check_count(path, len(entries))
         for column, of_column in zip(columns.runs, columns.names, strict=True):
             if row[column] in _EMPTY or reading.find(entries[image]) is None:
                 continue

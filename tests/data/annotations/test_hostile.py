@@ -1,0 +1,199 @@
+"""Annotation files that would take far more time or memory than they seem to are refused.
+
+Each test has a control: without the limit, the same file is read.
+"""
+
+import json
+import re
+
+import pytest
+from made_annotations import write_file, write_photo
+
+from useg.data.annotations import formats
+from useg.data.annotations.formats import Reading, read_json, read_xml
+from useg.data.layouts import find_dataset
+from useg.errors import DataError
+
+NUM_IMAGES = 9
+
+
+def list_coco(names):
+    images = [{"id": k, "file_name": name} for k, name in enumerate(names)]
+    shape = {"image_id": 0, "category_id": 1, "segmentation": [[1, 1, 6, 1, 6, 5]]}
+    return {"images": images, "annotations": [shape], "categories": [{"id": 1, "name": "car"}]}
+
+
+def list_via(names):
+    shape = {"name": "rect", "x": 1, "y": 1, "width": 3, "height": 3}
+    region = {"shape_attributes": shape, "region_attributes": {"class": "car"}}
+    return {name: {"filename": name, "regions": [region]} for name in names}
+
+
+def list_via3(names):
+    about = {
+        "project": {},
+        "file": {str(k): {"fname": name} for k, name in enumerate(names)},
+        "view": {str(k): {"fid_list": [str(k)]} for k in range(len(names))},
+    }
+    return about | {"metadata": {"a": {"vid": "0", "xy": [2, 1, 1, 3, 3], "av": {}}}}
+
+
+def list_label_studio(names):
+    value = {"x": 1, "y": 1, "width": 9, "height": 9, "rectanglelabels": ["car"]}
+    result = [{"type": "rectanglelabels", "value": value}]
+    return [{"data": {"image": name}, "annotations": [{"result": result}]} for name in names]
+
+
+def list_cvat(names):
+    box = '<box label="car" xtl="1" ytl="1" xbr="6" ybr="5"/>'
+    images = (f'<image name="{name}" width="12" height="10">{box}</image>' for name in names)
+    return f"<annotations>{''.join(images)}</annotations>"
+
+
+def list_via_csv(names):
+    quoted = '"{""name"":""rect"",""x"":1,""y"":1,""width"":3,""height"":3}"'
+    rows = "".join(f"{name},{quoted},{{}}\n" for name in names)
+    return f"filename,region_shape_attributes,region_attributes\n{rows}"
+
+
+def list_run_lengths(names):
+    return "ImageId,EncodedPixels\n" + "".join(f"{name},1 5\n" for name in names)
+
+
+LISTS = {
+    "coco.json": list_coco,
+    "via.json": list_via,
+    "via3.json": list_via3,
+    "tasks.json": list_label_studio,
+    "cvat.xml": list_cvat,
+    "via.csv": list_via_csv,
+    "runs.csv": list_run_lengths,
+}
+
+
+@pytest.mark.parametrize("file", LISTS)
+def test_a_file_that_names_very_many_missing_images_is_refused(file, tmp_path, monkeypatch):
+    write_photo(tmp_path / "p0.jpg")
+    write_file(tmp_path / file, LISTS[file]([f"p{k}.jpg" for k in range(NUM_IMAGES)]))
+    monkeypatch.setattr(formats, "MAX_MISSING_IMAGES", NUM_IMAGES - 2)
+    with pytest.raises(
+        DataError, match=f"{file}' names {NUM_IMAGES} images, but the data set has 1; put"
+    ):
+        find_dataset(tmp_path)
+    monkeypatch.setattr(formats, "MAX_MISSING_IMAGES", NUM_IMAGES - 1)
+    assert len(find_dataset(tmp_path, strict=False).masks) == NUM_IMAGES - 1
+
+
+@pytest.mark.parametrize("file", LISTS)
+def test_an_image_name_longer_than_any_path_is_refused(file, tmp_path):
+    write_photo(tmp_path / "p0.jpg")
+    for length, sentence in ((4096, "p0.jpg"), (4097, "has 4,097 characters")):
+        write_file(tmp_path / file, LISTS[file](["p0.jpg", "x" * (length - 4) + ".jpg"]))
+        try:
+            found = find_dataset(tmp_path, strict=False)
+            text = str((found.skipped, found.masks))
+        except DataError as error:
+            text = str(error)
+        assert (sentence in text) == (length == 4097)
+        assert len(text) < 10_000
+
+
+MANY_NAMES = "".join(f"<n{k}/>" for k in range(1001))
+MANY_ATTRIBUTES = "<a " + " ".join(f"n{k}='1'" for k in range(1001)) + "/>"
+
+
+@pytest.mark.parametrize("content", [MANY_NAMES, MANY_ATTRIBUTES])
+def test_xml_of_very_many_names_is_refused(content, tmp_path, monkeypatch):
+    path = write_file(tmp_path / "a.xml", f"<annotations>{content}</annotations>")
+    monkeypatch.setattr(formats, "_XML_PART_BYTES", 3000)
+    with pytest.raises(DataError, match="it has more than 1,000 different names"):
+        read_xml(path)
+    monkeypatch.setattr(formats, "_MAX_XML_NAMES", 1010)
+    assert len(read_xml(path)) == content.count("<")
+
+
+def test_xml_is_parsed_alike_in_parts_of_any_size(tmp_path, monkeypatch):
+    points = ";".join(f"{k},{k}" for k in range(300))
+    path = write_file(tmp_path / "a.xml", f"<a><b points='{points}'>te&amp;xt ü</b><c/></a>")
+    whole = read_xml(path)
+    monkeypatch.setattr(formats, "_XML_PART_BYTES", 1)
+    monkeypatch.setattr(formats, "_MAX_XML_PARTS", 10_000)
+    parts = read_xml(path)
+    assert [(e.tag, e.attrib, e.text) for e in parts.iter()] == [
+        (e.tag, e.attrib, e.text) for e in whole.iter()
+    ]
+    assert parts[0].attrib["points"] == points
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "read"),
+    [
+        ("a.json", '[{"a":1}' + ',{"a":1}' * 99 + "]", read_json),
+        ("a.json", "[[]" + ",[]" * 99 + "]", read_json),
+        ("a.xml", "<x>" + '<a b=""/>' * 99 + "</x>", read_xml),
+        ("a.xml", "<x>" + "<a/>" * 99 + "</x>", read_xml),
+    ],
+)
+def test_a_large_file_of_tiny_items_is_refused(name, content, read, tmp_path, monkeypatch):
+    path = write_file(tmp_path / name, content)
+    assert len(read(path)) >= 99
+    monkeypatch.setattr(formats, "_LARGE_BYTES", 100)
+    with pytest.raises(DataError, match="nested items in"):
+        read(path)
+
+
+ONE_IMAGE = {
+    "p0.json": (
+        {"imagePath": "p0.jpg", "imageWidth": 12, "imageHeight": 10}
+        | {"shapes": [{"label": "car", "shape_type": "polygon", "points": [[1, 1]] * 50}]}
+    ),
+    "p0_gtFine_polygons.json": (
+        {"imgHeight": 10, "imgWidth": 12}
+        | {"objects": [{"label": "car", "polygon": [[1, 1]] * 50}]}
+    ),
+    "p0.jpg.json": {
+        "size": {"width": 12, "height": 10},
+        "objects": [
+            {
+                "classTitle": "car",
+                "geometryType": "polygon",
+                "points": {"exterior": [[1, 1]] * 50, "interior": []},
+            }
+        ],
+    },
+    "p0.xml": "<Annotations><Annotation Name='car'><Regions><Region><Vertices>"
+    + "<Vertex X='1' Y='2'/>" * 50
+    + "</Vertices></Region></Regions></Annotation></Annotations>",
+}
+SPELLINGS = {
+    "plain": str.encode,
+    "escapes": lambda text: re.sub(
+        r'(?<=")([a-z])(?=[A-Za-z]+":)', lambda found: f"\\u{ord(found[1]):04x}", text
+    ).encode(),
+    "UTF-16": lambda text: text.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("file", ONE_IMAGE)
+def test_very_many_points_of_one_image_are_refused_however_keys_are_spelled(
+    file, spelling, tmp_path, monkeypatch
+):
+    if (file, spelling) == ("p0.xml", "escapes"):
+        pytest.skip("names in XML have no escapes")
+    write_photo(tmp_path / "p0.jpg")
+    content = ONE_IMAGE[file]
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / file).write_bytes(SPELLINGS[spelling](text))
+    assert len(find_dataset(tmp_path).pairs) == 1
+    monkeypatch.setattr(formats, "_MAX_ITEMS_OF_AN_IMAGE", 40)
+    with pytest.raises(DataError, match="points and other items for one image"):
+        find_dataset(tmp_path)
+
+
+def test_very_many_points_of_many_images_are_read(tmp_path, monkeypatch):
+    write_photo(tmp_path / "p0.jpg")
+    write_file(tmp_path / "coco.json", list_coco(["p0.jpg"]))
+    monkeypatch.setattr(formats, "_MAX_ITEMS_OF_AN_IMAGE", 1)
+    assert len(find_dataset(tmp_path).pairs) == 1
+    assert Reading(tmp_path, []).check_count(tmp_path, 125_000) is None
