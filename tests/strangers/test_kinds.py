@@ -327,6 +327,77 @@ def test_tables_of_run_lengths_are_read_in_the_order_that_the_shapes_show(
         assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])
 
 
+RunRow = tuple[str, str, str]
+RUN_HEADER = ("ImageId", "ClassId", "EncodedPixels")
+
+
+def write_discs(root: Path) -> list[RunRow]:
+    """Write images of discs, and return their names, their classes and their run lengths."""
+    rows = []
+    for k in range(4):
+        image, numbers = blobs(k, 3)
+        save(root / "images" / f"{k}.png", image)
+        rows.append((f"{k}.png", "disc", count_runs(numbers > 0, "F")))
+    return rows
+
+
+def table(separator: str) -> Callable[[list[RunRow]], str]:
+    return lambda rows: "\n".join(map(separator.join, [RUN_HEADER, *rows]))
+
+
+def records(rows: list[RunRow]) -> list[dict[str, str]]:
+    return [dict(zip(RUN_HEADER, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a.csv", table(";")),
+        ("a.csv", table("\t")),
+        ("a.tsv", table("\t")),
+        ("a.json", lambda rows: json.dumps(records(rows))),
+        ("a.json", lambda rows: json.dumps({image: {kind: runs} for image, kind, runs in rows})),
+        ("a.json", lambda rows: json.dumps({image: {kind: [runs]} for image, kind, runs in rows})),
+        ("a.jsonl", lambda rows: "\n".join(map(json.dumps, records(rows)))),
+    ],
+)
+def test_run_lengths_are_read_in_any_table(
+    tmp_path: Path, name: str, form: Callable[[list[RunRow]], str]
+) -> None:
+    text = form(write_discs(tmp_path))
+    # JSON is UTF-8 by its standard.
+    for encoding in ("utf-8", "utf-16") if ".json" not in name else ("utf-8",):
+        (tmp_path / name).write_text(text, encoding)
+        dataset = find_dataset(tmp_path)
+        assert dataset.classes.names == ("background", "disc")
+        for k, pair in enumerate(dataset.pairs):
+            assert np.array_equal(read_label(pair, dataset), blobs(k, 3)[1] > 0)
+
+
+def test_numbers_by_image_are_no_run_lengths(tmp_path: Path) -> None:
+    rows = write_discs(tmp_path)
+    (tmp_path / "sizes.json").write_text(json.dumps({image: "48 32" for image, *_ in rows}))
+    with pytest.raises(DataError, match="has no pairs of image and mask"):
+        find_dataset(tmp_path)
+
+
+def test_polygons_by_image_in_json_lines_are_read(tmp_path: Path) -> None:
+    # As in HuBMAP's competition of 2023.
+    lines = []
+    for k in range(4):
+        save(tmp_path / "train" / f"00{k}.tif", yard(k)[0])
+        corners = [[4 + k, 5], [20 + k, 5], [20 + k, 17], [4 + k, 17]]
+        shapes = [{"type": "vessel", "coordinates": [corners]}] if k else []
+        lines.append(json.dumps({"id": f"00{k}", "annotations": shapes}))
+    (tmp_path / "polygons.jsonl").write_text("\n".join(lines) + "\n")
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "vessel")
+    truth = np.zeros((HEIGHT, WIDTH), np.uint8)
+    assert np.array_equal(read_label(dataset.pairs[0], dataset), truth)
+    truth[5:17, 7:23] = 1
+    assert np.array_equal(read_label(dataset.pairs[3], dataset), truth)
+
+
 def test_each_column_of_run_lengths_is_a_class(tmp_path: Path) -> None:
     rows = ["image,rle_ant,bee_rle,EncodedPixels_cow"]
     for k in range(3):

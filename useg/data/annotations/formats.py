@@ -397,6 +397,20 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a file with one JSON value in each line.
+
+    Raises:
+        DataError: The file cannot be read, is too large, or is not JSON.
+    """
+    try:
+        return [json.loads(line) for line in read_bytes(path, b"[{").splitlines() if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"'{path}' is no JSON in each line ({error}); save or copy it again, or remove it"
+        ) from error
+
+
 def read_xml(path: Path) -> Element:
     """Read an XML file without a document type, which could define entities.
 

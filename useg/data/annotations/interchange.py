@@ -1,4 +1,4 @@
-"""Annotation files of COCO and YOLO -> the shapes on each image.
+"""Annotation files of COCO and YOLO, and lists of polygons -> the shapes on each image.
 
 COCO (``instances_train2017.json``, Roboflow's ``_annotations.coco.json``, the export of CVAT, Label
 Studio, Supervisely, VIA and others) does not say what lies on top. The larger shape is painted
@@ -245,6 +245,44 @@ def read_coco_panoptic(path: Path, content: dict[str, Any], reading: Reading) ->
             )
             entries.append(replace(entry, drawing=Drawing(tuple(shapes), entry.drawing.size)))
     return Annotations("coco panoptic", tuple(entries), tuple(names.values()))
+
+
+# Polygons by image
+
+
+def is_polygon_list(content: Any) -> bool:
+    """Return whether JSON content lists images, each with its polygons, as HuBMAP's lines do."""
+    first = content[0] if isinstance(content, list) and content else None
+    if not isinstance(first, dict) or "id" not in first:
+        return False
+    shapes = first.get("annotations")
+    return isinstance(shapes, list) and all(
+        isinstance(shape, dict) and shape.keys() >= {"type", "coordinates"} for shape in shapes
+    )
+
+
+def read_polygon_list(path: Path, content: list[Any], reading: Reading) -> Annotations:
+    """Read polygons: ``{"id": "a", "annotations": [{"type": "cell", "coordinates": [[[x, y]]]}]}``.
+
+    Later polygons lie over earlier ones.
+
+    Raises:
+        DataError: The content does not fit the format.
+    """
+    entries = []
+    for record in content:
+        with reading.skipping(path, "polygons by image"):
+            image, shapes = str(record["id"]), []
+            for shape in record["annotations"]:
+                with reading.skipping(path, "polygons by image", image):
+                    name = normalize_class_name(shape["type"])
+                    outlines = [
+                        pack_outline([(float(x), float(y)) for x, y in ring], f"'{path}' ({image})")
+                        for ring in shape["coordinates"]
+                    ]
+                    shapes.append(Shape(name, tuple(outlines)))
+            entries.append(AnnotatedImage(path, image, Drawing(tuple(shapes), (0, 0))))
+    return Annotations("polygons by image", tuple(entries))
 
 
 # YOLO

@@ -40,6 +40,7 @@ from useg.data.annotations.formats import (
     join_annotations,
     read_bytes,
     read_json,
+    read_json_lines,
     read_xml,
 )
 from useg.data.annotations.interchange import (
@@ -47,8 +48,10 @@ from useg.data.annotations.interchange import (
     find_label_file,
     is_coco,
     is_coco_panoptic,
+    is_polygon_list,
     read_coco,
     read_coco_panoptic,
+    read_polygon_list,
     read_yolo,
 )
 from useg.data.annotations.platforms import (
@@ -58,7 +61,12 @@ from useg.data.annotations.platforms import (
     read_label_studio,
     read_supervisely,
 )
-from useg.data.annotations.run_lengths import is_run_length_csv, read_run_lengths
+from useg.data.annotations.run_lengths import (
+    is_run_length_csv,
+    is_run_length_json,
+    read_run_length_json,
+    read_run_lengths,
+)
 from useg.data.annotations.shapes import Drawing
 from useg.data.dataset import DetectedLayout, Pair
 from useg.data.official_splits import find_official_split
@@ -79,13 +87,15 @@ _JSON_FORMATS: tuple[tuple[str, Test, Read], ...] = (
     ("Label Studio", is_label_studio, read_label_studio),
     ("VIA", is_via, read_via),
     ("Cityscapes' polygons", is_cityscapes, read_cityscapes),
+    ("polygons by image", is_polygon_list, read_polygon_list),
+    ("run lengths", is_run_length_json, read_run_length_json),
 )
 
 # If files of several formats annotate the images, the first of these counts: a tool's own files may
 # lie beside its export.
 _PRIORITY = (
     *("coco", "cvat", "supervisely", "label studio", "via", "labelme", "cityscapes polygons"),
-    *("imagescope", "run lengths", "coco panoptic"),
+    *("imagescope", "polygons by image", "run lengths", "coco panoptic"),
 )
 
 
@@ -131,7 +141,7 @@ def find_annotated(root: Path) -> DetectedLayout | None:
     if not images:
         return None
     reading = Reading(root, images)
-    files = list_files(root, (".json", ".xml", ".csv"))
+    files = list_files(root, _READERS)
     found = _pair_files(reading, files) or _find_yolo(reading)
     if found is None and reading.skipped:
         raise DataError(reading.skipped[0].reason)
@@ -241,7 +251,8 @@ def _skip_other(layout: str, parts: Sequence[Annotations], reading: Reading) -> 
 
 def _read_json_file(path: Path, reading: Reading) -> Annotations | None:
     with reading.skipping(path, "JSON"):
-        content = read_json(path)
+        has_lines = path.suffix.lower() != ".json"
+        content = read_json_lines(path) if has_lines else read_json(path)
         for name, is_format, read in _JSON_FORMATS:
             if is_format(content):
                 with reading.skipping(path, name):
@@ -291,7 +302,11 @@ def _read_csv_file(path: Path, reading: Reading) -> Annotations | None:
     return None
 
 
-_READERS = {".json": _read_json_file, ".xml": _read_xml_file, ".csv": _read_csv_file}
+_READERS = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), _read_json_file),
+    ".xml": _read_xml_file,
+    **dict.fromkeys((".csv", ".tsv"), _read_csv_file),
+}
 
 
 def _to_layout(

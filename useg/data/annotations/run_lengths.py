@@ -1,4 +1,4 @@
-"""Kaggle's tables of run lengths -> the shapes on each image.
+"""Kaggle's tables of run lengths, also as JSON -> the shapes on each image.
 
 A table (``train.csv`` with ``ImageId,ClassId,EncodedPixels``) has a row for each object, or for
 each class of an image: ``start length start length ...``; or a column for each class. It does not
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +35,10 @@ from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
 from useg.folders import natural_key
 from useg.images.files import read_image
-from useg.parsing import open_file
+from useg.parsing import decode_text, open_file
 
 _RUNS = re.compile(r"[0-9]+ [0-9]+( [0-9]+ [0-9]+)*")
+_FEW_RUNS = re.compile(r"[0-9]+ [0-9]+ [0-9]+ [0-9]+ [0-9]+ [0-9]+")
 _RUNS_HEADER = re.compile(
     r"encoded.?pixels?|encod(ed|ing)?|(?<![a-z])rles?(?![a-z])|run.?lengths?"
     r"|segmentation|annotation|masks?",
@@ -102,28 +104,64 @@ def is_run_length_csv(path: Path) -> bool:
         return False
     try:
         with open_file(path) as file:
-            return _find_run_columns(file.read(_NUM_BYTES_LOOKED_AT)) is not None
+            return _find_columns_of(file.read(_NUM_BYTES_LOOKED_AT)) is not None
     except OSError:
         return False
 
 
+def is_run_length_json(content: Any) -> bool:
+    """Return whether JSON content has masks as run lengths: in records, or by image."""
+    rows = list(itertools.islice(_rows_of_json(content), _MAX_COLUMNS))
+    if isinstance(content, dict) and not any(_FEW_RUNS.match(row[-1]) for row in rows):
+        # Two numbers may be anything.
+        return False
+    return _find_run_columns(rows) is not None
+
+
+def _rows_of_json(content: Any) -> Iterator[list[str]]:
+    """Yield the rows of a table: of records, ``{image: runs}`` or ``{image: {class: runs}}``.
+
+    Instead of one text with runs, there may be a list of them. Other content has no rows.
+    """
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        keys = list(content[0])
+        yield keys
+        for record in (each for each in content if isinstance(each, dict)):
+            cells = (record.get(key) for key in keys)
+            yield ["" if cell is None else str(cell).strip() for cell in cells]
+    elif isinstance(content, dict):
+        yield ["image", "class", "rle"]
+        for image, value in content.items():
+            for kind, runs in value.items() if isinstance(value, dict) else [("", value)]:
+                for text in runs if isinstance(runs, list) else [runs]:
+                    yield [str(image), str(kind), text.strip() if isinstance(text, str) else "?"]
+
+
 def _split_table(text: str) -> Iterator[list[str]]:
     """Yield the rows of a table, whose cells may be longer than those of :mod:`csv`."""
+    separator = ""
     for line in io.StringIO(text, newline=None):
-        if line.count(",") >= _MAX_COLUMNS:
+        separator = separator or next((each for each in "\t;,|" if each in line), "")
+        if not separator or line.count(separator) >= _MAX_COLUMNS:
             continue
         try:
-            cells = next(csv.reader([line])) if '"' in line[:1000] else line.split(",")
+            is_quoted = '"' in line[:1000]
+            rows = csv.reader([line], delimiter=separator) if is_quoted else [line.split(separator)]
+            cells = next(iter(rows))
         except csv.Error:
-            cells = line.replace('"', "").split(",")
+            cells = line.replace('"', "").split(separator)
         yield [cell.strip() for cell in cells]
 
 
-def _find_run_columns(content: bytes) -> _RunColumns | None:
+def _find_columns_of(content: bytes) -> _RunColumns | None:
     """Find the columns by the beginning of a table, whose last row may be cut."""
-    beginning = content[:_NUM_BYTES_LOOKED_AT].decode("utf-8-sig", "replace")
-    header, *rows = list(_split_table(beginning)) or [[]]
-    rows = rows[:-1] or rows
+    rows = list(_split_table(decode_text(content[:_NUM_BYTES_LOOKED_AT], "replace")))
+    return _find_run_columns(rows[:-1] if len(rows) > 2 else rows)
+
+
+def _find_run_columns(rows: Sequence[list[str]]) -> _RunColumns | None:
+    """Find the columns by the first rows of a table, of which the very first is the header."""
+    header, *rows = rows or [[]]
     named = [k for k, name in enumerate(header) if _RUNS_HEADER.search(name)]
     cells = {k: [row[k] for row in rows if len(row) > k and row[k] not in _EMPTY] for k in named}
     runs = [k for k in named if all(map(_RUNS.match, cells[k]))]
@@ -146,9 +184,25 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
     Raises:
         DataError: The content does not fit the format.
     """
-    columns = _find_run_columns(content)
+    columns = _find_columns_of(content)
+    return _read_table(path, _split_table(decode_text(content, "strict")), columns, reading)
+
+
+def read_run_length_json(path: Path, content: Any, reading: Reading) -> Annotations:
+    """Read run lengths in JSON: records, or runs by image.
+
+    Raises:
+        DataError: The content does not fit the format.
+    """
+    columns = _find_run_columns(list(itertools.islice(_rows_of_json(content), _MAX_COLUMNS)))
+    return _read_table(path, _rows_of_json(content), columns, reading)
+
+
+def _read_table(
+    path: Path, table: Iterable[list[str]], columns: _RunColumns | None, reading: Reading
+) -> Annotations:
     assert columns is not None
-    entries, found = _read_rows(path, content, columns, reading)
+    entries, found = _read_rows(path, table, columns, reading)
     start, notes = _find_start(found.values())
     for image, rows in found.items():
         found[image] = _Rows()
@@ -167,10 +221,10 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
 
 
 def _read_rows(
-    path: Path, content: bytes, columns: _RunColumns, reading: Reading
+    path: Path, table: Iterable[list[str]], columns: _RunColumns, reading: Reading
 ) -> tuple[dict[str, AnnotatedImage], dict[str, _Rows]]:
     """Return an entry for each image of a table, and the rows of those that have some."""
-    rows = itertools.islice(_split_table(content.decode("utf-8-sig")), 1, None)
+    rows = itertools.islice(table, 1, None)
     entries: dict[str, AnnotatedImage] = {}
     listed: dict[str, tuple[list[str], array[int], list[int]]] = {}
     for row in rows:
