@@ -41,7 +41,7 @@ def test_the_set_of_images_with_the_sizes_of_the_masks_is_chosen(tmp_path: Path)
     files = named_files(tmp_path)
     (chosen,) = choose_pairs(links_to_masks(files), files)
     assert set(chosen.link.partners) == {f"images/{k}" for k in (1, 2, 3)}
-    assert "images_half/*.jpg too, which have other sizes" in chosen.notes[0]
+    assert "images_half/*.jpg, which are not used because they have other sizes" in chosen.notes[0]
 
 
 def test_two_files_with_one_partner_are_refused(tmp_path):

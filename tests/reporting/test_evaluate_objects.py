@@ -79,7 +79,7 @@ def test_objects_that_are_kept_apart_are_scored(tmp_path: Path) -> None:
     assert {"ap50", "mean_ap", "f1", "panoptic_quality", "count_error"} < set(content["intervals"])
     assert check_touching_objects(evaluation, True) == ()
     text = "\n".join(evaluation_lines(evaluation))
-    assert "24 objects predicted, 24 true: +0.00 per image" in text
+    assert "24 objects predicted, 24 true; the number per image differs by +0.00 on average" in text
 
 
 def test_joined_objects_are_a_cause_with_a_remedy(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_masks_of_disjoint_classes_are_not_weighed_by_edges(tmp_path: Path) -> N
             ("labels/planted", planted),
         ):
             save(tmp_path / name / f"{k}.png", mask.astype(np.uint8) * 255)
-    with pytest.raises(DataError, match="unclear which of them is the truth"):
+    with pytest.raises(DataError, match="unclear which of them is the ground truth"):
         find_dataset(tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_other_files_that_are_called_masks_are_asked_about(
         save(tmp_path / mask / f"frame{k:04}.png", label)
         # Names that no rule leads to.
         save(tmp_path / other / f"{'kqzwx'[k]}.png", label)
-    with pytest.raises(DataError, match="unclear which files are the truth"):
+    with pytest.raises(DataError, match="unclear which files are the masks"):
         find_dataset(tmp_path)
 
 

@@ -333,7 +333,7 @@ def judge(made: Made) -> str:
         is_named = made.alone is not None and str(made.alone) in str(error)
         is_right = (made.may_refuse or is_named) and len(str(error)) > 40
         return "refused" if is_right else f"refused without need: {error}"
-    is_said = any("for predicting" in note for note in dataset.notes)
+    is_said = any("left for prediction" in note for note in dataset.notes)
     if made.alone is not None and not is_said:
         return f"{made.alone} is left out without a word"
     return explain(made, dataset)

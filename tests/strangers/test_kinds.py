@@ -123,7 +123,7 @@ def test_a_table_of_paths_pairs_files_whose_names_do_not_agree(tmp_path: Path, n
     assert is_true(dataset, numbers)
     assert dataset.of("val")
     assert f"the pairs of image and mask are those of {name}" in dataset.notes
-    assert "1 other image file left out, which no table names" in dataset.notes
+    assert "1 other image file not named in any table: left out" in dataset.notes
     (tmp_path / name).write_text("\n".join([*lines, line.format(k=8, image=image, mask="b")]))
     assert len(find_dataset(tmp_path).pairs) == 8
 
@@ -321,7 +321,9 @@ def test_tables_of_run_lengths_are_read_in_the_order_that_the_shapes_show(
     dataset = find_dataset(tmp_path)
     assert dataset.classes.names == ("background", "class 1", "class 2", "class 3")
     assert any(f"follow the {how} of the images" in note for note in dataset.notes)
-    assert any("1 image such as 'a7.png' left out" in note for note in dataset.notes)
+    assert any(
+        "1 image, such as 'a7.png', not named in any row of" in note for note in dataset.notes
+    )
     assert {pair.image.name for pair in dataset.pairs} == truth.keys()
     for pair in dataset.pairs:
         assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])
@@ -424,7 +426,7 @@ def test_run_lengths_that_do_not_fit_their_image_are_skipped(tmp_path: Path) -> 
     write_three_rows(tmp_path, f"{WIDTH * HEIGHT} 2")
     dataset = find_dataset(tmp_path)
     assert [pair.image.name for pair in dataset.pairs] == ["0.png", "2.png"]
-    assert "which do not fit its image of 48x32 pixels" in dataset.skipped[0].reason
+    assert "which overlap or do not fit its image of 48x32 pixels" in dataset.skipped[0].reason
     assert np.count_nonzero(read_label(dataset.pairs[0], dataset)) == 70
     (tmp_path / "masks.csv").write_text("image,EncodedPixels\n0.png,5 4 7 4\n")
     with pytest.raises(DataError, match="do not fit"):

@@ -98,7 +98,7 @@ def test_pictures_and_masks_with_an_ending_in_two_folders_leave_the_test_folder_
         "train_masks/00087a6bd4dc_00_mask.gif",
         "train",
     )
-    assert "1 image of the split test without masks, for predicting" in dataset.notes
+    assert "1 image of the split test without a mask: left for prediction" in dataset.notes
 
 
 def write_retinas(root: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_field_of_view_is_not_taken_for_the_truth_and_can_be_ignored(tmp_path:
     notes = "\n".join(dataset.notes)
     assert "*/mask/*.gif has nearly the same shape in every image (IoU 1.00)" in notes
     assert 'with the line valid = "*/mask/*.gif"' in notes
-    assert "3 images of the split test without masks, for predicting" in notes
+    assert "3 images of the split test without a mask: left for prediction" in notes
     (tmp_path / "dataset.toml").write_text('valid = "*/mask/*.gif"')
     valid = find_dataset(tmp_path)
     whole, inside = (read_label(data.pairs[0], data) for data in (dataset, valid))
@@ -140,7 +140,9 @@ def test_masks_of_one_shape_that_are_alone_are_said_to_look_like_a_field_of_view
     for k in range(4):
         save(tmp_path / "images" / f"{k}.png", yard(k)[0])
         save(tmp_path / "mask" / f"{k}.png", np.pad(np.full((20, 30), 255, np.uint8), ((6,), (9,))))
-    assert "like a field of view and unlike a truth" in "\n".join(find_dataset(tmp_path).notes)
+    assert "as a field of view has, but masks of classes rarely do" in "\n".join(
+        find_dataset(tmp_path).notes
+    )
 
 
 def test_the_same_masks_in_colours_are_left_aside(tmp_path: Path) -> None:
@@ -403,7 +405,7 @@ def test_an_image_in_two_lists_is_refused_and_one_in_none_is_left_out(tmp_path: 
     (tmp_path / "val.txt").write_text("3\n4\n")
     dataset = find_dataset(tmp_path)
     assert [pair.split for pair in dataset.pairs] == ["train"] * 3 + ["val"] * 2 + ["gap"]
-    assert "1 image in none of train.txt, val.txt: left out" in dataset.notes
+    assert "1 image not listed in train.txt, val.txt: left out" in dataset.notes
     (tmp_path / "val.txt").write_text("2\n4\n")
     with pytest.raises(DataError, match=r"train.txt' and '.*val.txt' both name '2.png'"):
         find_dataset(tmp_path)
@@ -463,8 +465,8 @@ def test_thumbnails_and_other_pictures_beside_the_set_are_named(tmp_path: Path) 
     dataset = find_dataset(tmp_path)
     assert masks_of(dataset)["images/0.png"] == "masks/0.png"
     notes = "\n".join(dataset.notes)
-    assert "the masks fit small/*.png too, which have other sizes" in notes
-    assert "1 other file left out, which no image or mask goes with: 'docs/figure.png'" in notes
+    assert "fit small/*.png, which are not used because they have other sizes" in notes
+    assert "no image or mask belongs to it: 'docs/figure.png'" in notes
 
 
 def test_images_that_share_more_folders_with_the_masks_are_theirs(tmp_path: Path) -> None:
@@ -473,7 +475,10 @@ def test_images_that_share_more_folders_with_the_masks_are_theirs(tmp_path: Path
         save(tmp_path / "b" / "train" / "good" / f"{k:03}.png", yard(k + 50)[0])
     dataset = find_dataset(tmp_path)
     assert masks_of(dataset)["b/test/broken/000.png"] == "b/ground_truth/broken/000_mask.png"
-    assert "b/train/good/*.png too, which share fewer folders" in dataset.notes[0]
+    assert (
+        "b/train/good/*.png, which are not used because they share fewer folders"
+        in dataset.notes[0]
+    )
 
 
 def test_a_series_of_other_pictures_beside_the_images_is_named_and_left_aside(
@@ -484,7 +489,7 @@ def test_a_series_of_other_pictures_beside_the_images_is_named_and_left_aside(
         save(tmp_path / "Data" / f"IS_{k:04}_superpixels.png", yard(k + 50)[0])
     dataset = find_dataset(tmp_path)
     assert (len(dataset.pairs), dataset.images) == (5, ())
-    assert "the masks fit Data/*.png too" in dataset.notes[0]
+    assert "the masks would also fit Data/*.png" in dataset.notes[0]
 
 
 def test_masks_with_padded_numbers_are_offered_as_classes_with_settings_that_work(
@@ -645,7 +650,9 @@ def test_of_several_frames_for_one_mask_that_of_its_name_is_taken(tmp_path: Path
         save(tmp_path / f"seg_label/{clip}/20.png", yard(10 * clip + 20)[1])
     dataset = find_dataset(tmp_path)
     assert {pair.image.stem for pair in dataset.pairs} == {"20"}
-    assert any("which have names unlike those of the masks" in note for note in dataset.notes)
+    assert any(
+        "because they have names unlike those of the masks" in note for note in dataset.notes
+    )
 
 
 def test_a_thing_inside_of_another_is_asked_about(tmp_path: Path) -> None:

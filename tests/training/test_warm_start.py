@@ -284,7 +284,7 @@ def test_held_out_images_that_an_ancestor_was_trained_on_are_counted(
     num_val = len(open_dataset(turned).of("val"))
     assert load_model(last.out).provenance["start"]["num_seen"] == num_val > 5
     report = (tmp_path / "last" / "report.md").read_text()
-    assert f"{num_val} of these images trained the model that this one started from" in report
+    assert f"started from one that was trained on {num_val} of these images" in report
     assert "Started from" in report
 
 

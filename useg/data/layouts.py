@@ -277,7 +277,7 @@ def _describe_links(folder: Path) -> Iterator[str]:
     for _, _, links in walk_folders(folder):
         for link in links:
             yield (
-                f"the link '{link}' leads to '{os.path.realpath(link)}', which is read where it is"
+                f"the link '{link}' leads to '{os.path.realpath(link)}'; useg reads the files there"
             )
 
 

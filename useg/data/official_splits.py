@@ -233,7 +233,7 @@ def read_split_lists(files: Sequence[Path], pairs: Sequence[Pair], root: Path) -
     num_rest = len(pairs) - len(splits)
     shown = ", ".join(path.name for path in used)
     what = {"gap": "left out", "train": "for training"}.get(rest, "in the split of their folder")
-    in_none = f"{format_count(num_rest, 'image')} in none of {shown}: {what}"
+    unlisted = f"{format_count(num_rest, 'image')} not listed in {shown}: {what}"
     return ListedSplits(
         tuple(
             pair
@@ -242,7 +242,7 @@ def read_split_lists(files: Sequence[Path], pairs: Sequence[Pair], root: Path) -
             for pair in pairs
         ),
         used,
-        (in_none, *notes) if num_rest else notes,
+        (unlisted, *notes) if num_rest else notes,
     )
 
 
@@ -527,7 +527,8 @@ def leave_for_prediction(
     return (
         tuple(path for path in images if splits[path] in known),
         tuple(
-            f"{format_count(count, 'image')} of the split {split} without masks, for predicting"
+            f"{format_count(count, 'image')} of the split {split} without a mask: "
+            "left for prediction"
             for split, count in counts.items()
         ),
     )

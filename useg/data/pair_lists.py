@@ -74,7 +74,7 @@ def find_listed(root: Path) -> DetectedLayout | None:
     rest = len(files) - len({path for pair in pairs.values() for path in (pair.image, pair.mask)})
     notes = [f"the pairs of image and mask are those of {', '.join(used)}"]
     if rest:
-        notes.append(f"{format_count(rest, 'other image file')} left out, which no table names")
+        notes.append(f"{format_count(rest, 'other image file')} not named in any table: left out")
     return DetectedLayout(
         "table of paths",
         tuple(sorted(pairs.values(), key=lambda pair: natural_key(pair.image))),

@@ -350,7 +350,7 @@ def _refuse_other_masks(
         ):
             masks = next(iter(found.values()))
             raise DataError(
-                f"it is unclear which files are the truth: masks such as '{masks[0]}' have the "
+                f"it is unclear which files are the masks: '{masks[0]}' and others have the "
                 f"names of images, but {format_count(len(group), 'other file')} such as "
                 f"'{files.paths[group[0]]}' are called masks, too; write the globs of the right "
                 f"ones as images and masks into {files.root / 'dataset.toml'}"
@@ -361,8 +361,8 @@ def _describe_foreign(foreign: Sequence[Path], root: Path) -> str:
     shown = ", ".join(f"'{path.relative_to(root)}'" for path in foreign[:_NUM_NAMED])
     more = f" and {len(foreign) - _NUM_NAMED} more" if len(foreign) > _NUM_NAMED else ""
     return (
-        f"{format_count(len(foreign), 'other file')} left out, which no image or mask goes with: "
-        f"{shown}{more}"
+        f"{format_count(len(foreign), 'other file')} left out, because no image or mask belongs "
+        f"to {'it' if len(foreign) == 1 else 'them'}: {shown}{more}"
     )
 
 

@@ -1,4 +1,4 @@
-"""File names that belong together -> which are the images, and which set of masks is the truth.
+"""File names that belong together -> which are the images, and which masks are the ground truth.
 
 Words such as ``images`` and ``mask`` decide; without them, the pixels do. If several sets are
 possible and nothing decides between them, the user has to choose.
@@ -265,7 +265,8 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
             )
             name = names[sets.index(chosen[0])]
             return chosen[0], (
-                f"the images are {name}; the masks fit {others} too, which {why} and are not taken"
+                f"the images are {name}; the masks would also fit {others}, which are not used "
+                f"because they {why}"
             )
     listed = ", ".join(
         f"{name} ({len(link.partners)})" for name, link in zip(names, sets, strict=True)
@@ -274,7 +275,7 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     masks_listed = ", ".join(f"{each.name} ({len(each.masks)})" for each in truths)
     raise OpenChoiceError(
         f"there are {len(sets)} sets of images for the same masks: {listed}, and it is unclear "
-        f"which of them are meant. The masks are {masks_listed}",
+        f"which of them to use. The masks are {masks_listed}",
         _as_candidates(sets, files),
         _weigh(truths),
     )
@@ -323,7 +324,7 @@ def _prefer_images(sets: Sequence[Link], files: NamedFiles) -> Iterator[tuple[li
     photographs = [link for link in sets if files.kind_by_pixels(link.partners) == "image"]
     yield photographs, "are no photographs"
     plain = [link for link, own in both if all(own <= others for others in constants)]
-    yield plain, "have more in their names"
+    yield plain, "have longer names"
     yield [link for link, own in both if own & IMAGE_WORDS], "are not called images"
     shared = [_count_shared_folders(link, files) for link in sets]
     best = max(shared)

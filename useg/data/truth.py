@@ -1,4 +1,4 @@
-"""Several sets of masks for the same images -> the one that is the truth, with the reasons.
+"""Several sets of masks for the same images -> the ground truth among them, with the reasons.
 
 The masks of a few images are compared. A set that has one shape in every image is a field of view;
 one may show another in colours, number its objects, or cover a part of it. What remains open is an
@@ -499,7 +499,7 @@ def _question(looks: Sequence[_Look]) -> str:
     ]
     return (
         f"there are {len(looks)} sets of masks for the same images: {listed}. It is unclear which "
-        f"of them is the truth: {'; '.join(found)}"
+        f"of them is the ground truth: {'; '.join(found)}"
     )
 
 
@@ -564,6 +564,6 @@ def describe_constant_shape(masks: Iterable[Path]) -> str:
     if look.same_shape < _SAME_SHAPE:
         return ""
     return (
-        f"the masks have nearly the same shape in every image (IoU {look.same_shape:.2f}), like a "
-        "field of view and unlike a truth; check that these are the masks"
+        f"the masks have nearly the same shape in every image (IoU {look.same_shape:.2f}), as a "
+        "field of view has, but masks of classes rarely do; check that these files are the masks"
     )

@@ -207,7 +207,7 @@ def check_constant_region(data: MeasuredDataset) -> Iterator[Finding]:
                 f"{100 * share:.0f} % of all {name} pixels are in one region that is the same in "
                 f"nearly every image ({describe_region(region)}, {100 * size:.0f} % of the image), "
                 "such as a camera car's hood, a frame or a stamp",
-                f"the score of {name} says little about other {name}: exclude the region with "
+                f"the score of {name} says little about {name} elsewhere: exclude the region with "
                 "useg evaluate --ignore-mask, or store an ignored value there",
                 evidence={"region": region, "class": k},
             )

@@ -115,7 +115,7 @@ def _masks_of_two_kinds(
         tuple(pair.mask for pair in pairs),
         f"{num_swapped} of {len(features)} masks, such as '{data.name(pairs[0].mask)}', look like "
         f"the others, such as '{data.name(usual.mask)}', with foreground and background swapped",
-        "swap the two values in one of these parts",
+        "swap the two values in the masks of one kind",
         tuple(
             Repair(pair, "mask: foreground and background swapped back", transform=swap_foreground)
             for pair in pairs
@@ -165,9 +165,10 @@ def _exchanged_classes(
         "red and blue exchanged" if by_color else "classes exchanged",
         "error",
         (pair.mask,),
-        f"mask '{data.name(pair.mask)}' seems to have {what} exchanged: where the other masks have "
-        f"{moved[0]}, by position and brightness, it has {names[order[names.index(moved[0])]]}",
-        "compare it with its image; if it is wrong, save it with the order of the others",
+        f"mask '{data.name(pair.mask)}' seems to have {what} exchanged: judging by position and "
+        f"brightness, it has {names[order[names.index(moved[0])]]} where the other masks have "
+        f"{moved[0]}",
+        "compare it with its image; if it is wrong, save it with the values of the other masks",
         (Repair(pair, f"mask: {what} exchanged back", transform=lambda label: ids[label]),),
     )
 

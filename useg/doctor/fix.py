@@ -171,7 +171,8 @@ def _describe(repair: Repair, *, is_kept: bool) -> str:
     """Describe the repair; for a pair that is kept unchanged, the possible repair."""
     if repair.leave_out and repair.pair and is_kept:
         reason = repair.description.removeprefix("left out: ")
-        return f"kept, but check it: {reason} (the option drop-doubtful leaves it out)"
+        how = "--drop-doubtful, in Python drop_doubtful=True, leaves it out"
+        return f"kept, but check it: {reason} ({how})"
     return repair.description
 
 
@@ -359,16 +360,16 @@ def _dataset_toml(dataset: Dataset, written: Sequence[Path]) -> str:
     encoding = dataset.encoding
     lines += [
         "",
-        "# Whether every value but 0 in a mask numbers one object:",
+        "# Whether each value other than 0 in a mask is the number of one object:",
         f"objects = {str(encoding.objects).lower()}",
         "# Whether the classes are in the transparency of the masks:",
         f"alpha = {str(encoding.alpha).lower()}",
         '# What an image without annotations is: "background", or "ignore" if it is unfinished:',
         f'empty = "{"ignore" if encoding.ignore_empty else "background"}"',
         "",
-        "# More values, or names of classes, that do not count:",
+        "# Further values or class names to ignore:",
         "# ignore = [255]",
-        "# Which files belong together, if useg pairs others than you mean:",
+        "# The images and their masks, if useg pairs them wrongly:",
         '# images = "photos/*.jpg"',
         '# masks = "truth/*_mask.png"',
     ]

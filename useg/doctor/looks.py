@@ -1,4 +1,4 @@
-"""Find images whose classes look otherwise than in the others: negatives, red and blue exchanged.
+"""Find images in which the classes look different: negatives, or red and blue exchanged.
 
 A thumbnail's cells are counted by class, by band of rows and by level: brightness for negatives,
 tint for red and blue. Images whose cells are more likely after a change of the levels were probably
@@ -45,7 +45,7 @@ _MIN_GAINING_IMAGES, _MAX_GAINING_OTHERS = 0.65, 0.2
 
 
 def find_negative_images(data: MeasuredDataset) -> tuple[Measurement, ...]:
-    """Return the images whose classes are dark where those of the others are bright."""
+    """Return the images in which classes are dark that are bright in the others."""
     images = pick_evenly(data.complete, _MAX_IMAGES_OF_LOOKS)
     if len(images) < _MIN_IMAGES_OF_LOOKS:
         return ()
@@ -109,9 +109,10 @@ def check_negative_images(data: MeasuredDataset) -> Iterator[Finding]:
         "warning",
         files,
         f"{len(files)} of {format_count(len(data.complete), 'image')} {what} of the others: "
-        f"in '{data.name(files[0])}', classes are dark that are bright in '{data.name(beside)}', "
-        "and bright that are dark there",
-        "invert them if that is a mistake; if both kinds are meant, both belong in training",
+        f"classes that are bright in '{data.name(beside)}' are dark in '{data.name(files[0])}', "
+        "and the other way round",
+        "if that is a mistake, invert them; if new images will be of both kinds, keep both in "
+        "training",
         evidence={"beside": beside},
     )
 
@@ -153,8 +154,8 @@ def check_exchanged_image_colors(data: MeasuredDataset) -> Iterator[Finding]:
                 "warning",
                 files,
                 f"{format_count(len(files), 'image')}, such as '{data.name(files[0])}', seem to "
-                "have red and blue exchanged: that way their classes have the colours that they "
-                f"have in the others, such as '{data.name(beside)}'",
+                "have red and blue exchanged: once exchanged back, their classes have the same "
+                f"colours as in the other images, such as '{data.name(beside)}'",
                 "view them; if the colours are wrong, save them in the order red, green, blue "
                 "(OpenCV writes and expects blue, green, red)",
                 evidence={"beside": beside},

@@ -76,7 +76,7 @@ def _leakage_caveats(
     num_seen = provenance.get("start", {}).get("num_seen", 0)
     if num_seen and trained_here and evaluation.split == "val":
         caveats.append(
-            f"{num_seen:,} of these images trained the model that this one started from, so the "
+            f"This model started from one that was trained on {num_seen:,} of these images, so the "
             "scores are too high."
         )
     if num_duplicates:

@@ -167,7 +167,7 @@ def _decide_split(
         if is_other:
             notes.append(
                 f"scored all {format_count(len(dataset.pairs), 'image')}, because the model was "
-                f"not trained on {dataset.root.name}; choose another split for others"
+                f"not trained on {dataset.root.name}; choose a split to score only that one"
             )
     if dataset.mapping:
         notes.append(

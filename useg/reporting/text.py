@@ -485,8 +485,9 @@ def _object_scores(evaluation: Evaluation) -> list[tuple[str, str]]:
                 f"F1 {format_score(scores.f1, within['f1'])}; panoptic quality "
                 f"{format_score(scores.panoptic_quality, within['panoptic_quality'])}.",
                 f"{format_count(scores.num_predicted, 'object')} predicted, "
-                f"{scores.num_true:,} true: {scores.count_bias:+.2f} per image, off by "
-                f"{scores.count_error:.2f} on average. "
+                f"{scores.num_true:,} true; the number per image differs by "
+                f"{scores.count_bias:+.2f} on average, by {scores.count_error:.2f} in absolute "
+                "value. "
                 f"{format_count(scores.merged, 'prediction joins', 'predictions join')} several "
                 f"true objects, {format_count(scores.split, 'true object is', 'true objects are')} "
                 "split.",

@@ -73,8 +73,8 @@ class ColourComparison:
 
     def __str__(self) -> str:
         return (
-            "in the colours of the images without masks, held-out images score mIoU "
-            f"{100 * self.matched:.1f} %, and {100 * self.own:.1f} % in their own"
+            "recoloured like the images without masks, held-out images score mIoU "
+            f"{100 * self.matched:.1f} %, and {100 * self.own:.1f} % as they are"
         )
 
 

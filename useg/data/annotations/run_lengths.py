@@ -353,8 +353,8 @@ def _count_from_one(
         row = numbers == numbers[is_wrong.argmax()]
         raise DataError(
             f"'{entry.file}' ({entry.image}) has run lengths from pixel {starts[row].min()} to "
-            f"{ends[row].max()}, which do not fit its image of {width}x{height} pixels counted "
-            "from 1, or overlap; draw them into PNGs of class ids that are called like their images"
+            f"{ends[row].max()}, which overlap or do not fit its image of {width}x{height} pixels "
+            "counted from 1; save the masks as PNG files of class ids, named like their images"
         )
     return replace(rows, runs=runs)
 
@@ -445,6 +445,7 @@ def _describe_unlisted(
     rest = [image for image in reading.images if image.parent in places and image not in listed]
     if rest:
         yield (
-            f"{format_count(len(rest), 'image')} such as '{rest[0].name}' left out, which no row "
-            f"of {path.name} names; if nothing is on them, add a row with empty run lengths each"
+            f"{format_count(len(rest), 'image')}, such as '{rest[0].name}', not named in any row "
+            f"of {path.name}: left out; for an image without objects, add a row with empty run "
+            "lengths"
         )
