@@ -337,13 +337,22 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
 def _one_request_per_thread(compiled: Any) -> LogitsFunction:
     # An inference request serves one thread at a time.
     requests: dict[int, Any] = {}
+    output, Tensor = compiled.output(0), import_openvino().Tensor
+    shape = tuple(output.shape) if output.partial_shape.is_static else None
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         thread = threading.get_ident()
         request = requests.get(thread)
         if request is None:
             request = requests.setdefault(thread, compiled.create_infer_request())
-        logits: NDArray[np.float32] = request.infer([np.ascontiguousarray(x)])[0]
+        inputs = [np.ascontiguousarray(x)]
+        if shape is None:
+            copied: NDArray[np.float32] = request.infer(inputs)[0]
+            return copied
+        # OpenVINO writes into a new array, so nothing is copied and no result is overwritten.
+        logits = np.empty(shape, np.float32)
+        request.set_output_tensor(Tensor(logits, shared_memory=True))
+        request.infer(inputs, share_outputs=True)
         return logits
 
     return run

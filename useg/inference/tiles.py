@@ -171,6 +171,8 @@ def _stitch(
 ) -> NDArray[np.float32]:
     logits: NDArray[np.float32] | None = None
     for window, part in parts:
+        if part.shape[1:] == image.shape[:2]:
+            return part
         if logits is None:
             logits = np.empty((len(part), *image.shape[:2]), np.float32)
         logits[:, window.rows.in_image, window.columns.in_image] = part
