@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,60 @@ def test_a_forged_onnx_file_is_refused(name: str, good: Path) -> None:
         runtimes.read_model(path)
     assert re.match(r"^.*forged\.onnx is not a usable model: ", str(caught.value))
     assert str(caught.value).isprintable()
+
+
+def encoded_field(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer, encoded here because the package makes objects."""
+    size, rest = b"", len(content)
+    while rest > 127:
+        size, rest = size + bytes([rest % 128 + 128]), rest // 128
+    return bytes([number * 8 + 2]) + size + bytes([rest]) + content
+
+
+# Numbers of fields: of the file, of its graph, of its first operation and so on.
+REPEATED_FIELDS = {
+    "metadata": (14,),
+    "operations": (7, 1),
+    "weights": (7, 5),
+    "results": (7, 13),
+    "attributes": (7, 1, 5),
+    "tensors of an attribute": (7, 1, 5, 10),
+    "sides of weights": (7, 5, 1),
+    "sides of the pixels": (7, 11, 2, 1, 2, 1),
+}
+
+
+@pytest.mark.parametrize("place", REPEATED_FIELDS)
+def test_an_onnx_file_of_very_many_small_fields_is_refused_before_it_is_parsed(
+    place: str, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, text = exported.read_onnx(good / "good.onnx")
+    *outer, last = REPEATED_FIELDS[place]
+    is_list = place == "sides of weights"
+    added = encoded_field(last, b"\1" * 5000) if is_list else encoded_field(last, b"") * 5000
+    for number in reversed(outer):
+        added = encoded_field(number, added)
+    model = onnx.load_from_string(content)
+    del model.metadata_props[:]
+    path = seal_onnx(good / "forged.onnx", model.SerializeToString() + added, text)
+    monkeypatch.setattr(graph_checks, "MAX_ONNX_FIELDS", 4000)
+    with pytest.raises(ModelError, match="it has more than 4,000 fields"):
+        runtimes.read_model(path)
+    # The control: without the limit, the package makes objects of all of them.
+    monkeypatch.setattr(graph_checks, "MAX_ONNX_FIELDS", 10**6)
+    parsed: list[Any] = []
+    monkeypatch.setattr(graph_checks, "_check_onnx_tensor", lambda *_: parsed.append(1))
+    with suppress(ModelError):
+        graph_checks.parse_onnx(path.read_bytes(), path)
+    assert place != "weights" or len(parsed) > 5000
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x3a\xff", b"\x3a\x05\x0a", b"\x3b\x3c", b"\xff", b"\x3a" + b"\xff" * 2000]
+)
+def test_an_onnx_file_whose_fields_have_wrong_sizes_is_refused(content: bytes) -> None:
+    with pytest.raises(ModelError, match="it is not a valid ONNX file"):
+        graph_checks.parse_onnx(content, "a.onnx")
 
 
 def test_an_onnx_file_without_a_description_is_refused(good: Path) -> None:

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.errors import need
+from useg.errors import ModelError, need
 from useg.models.description import ModelDescription, unusable
 from useg.parsing import shorten
 
@@ -89,6 +89,9 @@ MAX_OPERATIONS = 5000
 MAX_XML_BYTES = 8 << 20
 # A message of protobuf, which an ONNX file is, cannot be larger.
 MAX_ONNX_BYTES = (1 << 31) - 1
+# Fields of an ONNX file. An empty one has 2 bytes and takes up to 350 in memory. A number in a list
+# may have 1 byte and take 8, so it is counted, too. The largest network of useg has 7,000 fields.
+MAX_ONNX_FIELDS = 300_000
 # Sides of the images for which shapes are computed. A larger image may need this many times as much
 # memory per pixel as a small one, because of rounding at its edges.
 SIDES = (96, 512)
@@ -119,7 +122,10 @@ def parse_onnx(content: bytes, source: object) -> Any:
     onnx = need("onnx", "onnx")
     model = onnx.ModelProto()
     try:
+        _check_onnx_fields(content, model.DESCRIPTOR, source)
         model.ParseFromString(content)
+    except ModelError:
+        raise
     # protobuf's own class of errors.
     except Exception as error:
         raise unusable(source, "it is not a valid ONNX file") from error
@@ -143,6 +149,68 @@ def parse_onnx(content: bytes, source: object) -> Any:
     for tensor in tensors:
         _check_onnx_tensor(onnx, tensor, source)
     return model
+
+
+def _check_onnx_fields(content: bytes, message: Any, source: object) -> None:
+    """Refuse a file of very many fields before protobuf makes objects of them.
+
+    Raises:
+        ModelError: it has more than an export of useg.
+        IndexError: it ends in the middle of a field.
+    """
+    kinds = {message.full_name: _kinds_of_fields(message)}
+    count, parts = 0, [(0, len(content), message)]
+    while parts:
+        place, end, message = parts.pop()
+        if message.full_name not in kinds:
+            kinds[message.full_name] = _kinds_of_fields(message)
+        known = kinds[message.full_name]
+        while place < end:
+            key, place = _read_varint(content, place)
+            count, (inner, is_packed) = count + 1, known.get(key >> 3, (None, False))
+            match key & 7:
+                case 0:
+                    _, place = _read_varint(content, place)
+                case 1:
+                    place += 8
+                case 5:
+                    place += 4
+                case 2:
+                    size, place = _read_varint(content, place)
+                    count += size if is_packed else 0
+                    if inner is not None:
+                        parts.append((place, place + size, inner))
+                    place += size
+                case _:
+                    raise unusable(source, "it is not a valid ONNX file")
+            if count > MAX_ONNX_FIELDS:
+                raise unusable(source, f"it has more than {MAX_ONNX_FIELDS:,} fields")
+        if place > end:
+            raise unusable(source, "it is not a valid ONNX file")
+
+
+def _kinds_of_fields(message: Any) -> dict[int, tuple[Any, bool]]:
+    """Return for each field its message, or None, and whether it may be a list of integers."""
+    return {
+        field.number: (
+            field.message_type,
+            field.type
+            not in (
+                *(field.TYPE_MESSAGE, field.TYPE_STRING, field.TYPE_BYTES),
+                *(field.TYPE_FLOAT, field.TYPE_DOUBLE),
+            ),
+        )
+        for field in message.fields
+    }
+
+
+def _read_varint(content: bytes, place: int) -> tuple[int, int]:
+    """Return a number of variable length, and where it ends."""
+    number = shift = 0
+    while (byte := content[place]) > 127:
+        number |= (byte & 127) << shift
+        place, shift = place + 1, min(shift + 7, 70)
+    return number | byte << shift, place + 1
 
 
 def _check_onnx_tensor(onnx: Any, tensor: Any, source: object) -> None:
