@@ -125,6 +125,21 @@ def test_masks_that_all_belong_to_other_images_are_found(tmp_path: Path) -> None
     assert image.stem == paths[(paths.index(mask_path) + 1) % len(paths)].stem
 
 
+def test_tiles_whose_rows_and_columns_are_exchanged_are_found(tmp_path: Path) -> None:
+    for row in range(4):
+        for column in range(4):
+            image, label = make_blobs(10 * row + column)
+            name = f"tile_{row}_{column}.png"
+            save_picture(tmp_path / "data" / "images" / name, image.astype(np.uint8))
+            save_picture(tmp_path / "data" / "masks" / f"tile_{column}_{row}.png", label)
+    (found,) = (
+        each for each in inspect_dataset(tmp_path / "data", fix=tmp_path / "fixed").findings
+    )
+    assert (found.kind, found.severity) == ("rows and columns of tiles exchanged", "error")
+    assert len(found.files) == 12
+    assert inspect_dataset(tmp_path / "fixed").findings == ()
+
+
 def test_masks_without_any_relation_to_images_are_reported(tmp_path: Path) -> None:
     root = write_cells(tmp_path, 12)
     for k, path in enumerate(sorted((root / "masks").iterdir())):

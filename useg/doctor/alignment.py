@@ -7,6 +7,7 @@ data set is found here; single masks that align worse are checked by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,11 @@ _MAX_SCALE_OF_OUTLINES, _MIN_ENCLOSURE = 1.25, 0.8
 _MIN_COMPARED_MASKS = 8
 _NUM_OTHER_IMAGES = 3
 _MIN_OWN_Z_SCORE = 3.0
+
+# Two numbers at the end of a name, as of a tile's row and column. If masks fit the tile with these
+# exchanged, its edges are that many times stronger than those of their own tile.
+_TWO_LAST_NUMBERS = re.compile(r"([0-9]+)([^0-9]+)([0-9]+)([^0-9]*)$")
+_MIN_TILE_GAIN = 2.0
 
 # Their images are searched among so many, or as many as have so many pixels together. A mask fits
 # the best of them from so many standard deviations on.
@@ -305,7 +311,7 @@ def _find_common_turn(data: MeasuredDataset) -> str:
     usual = data.once(find_usual_alignment)
     if usual is None or usual.z_score >= MIN_Z_SCORE or usual.shift != (0, 0):
         return ""
-    if data.once(find_common_placement):
+    if data.once(find_common_placement) or data.once(find_exchanged_tiles):
         return ""
     chosen = pick_evenly(usual.measurements, MAX_SUSPECTS // 2)
     pixels = [found for each in chosen if (found := reread_pair(data, each)) is not None]
@@ -347,6 +353,65 @@ def check_common_turn(data: MeasuredDataset) -> Iterator[Finding]:
     )
 
 
+def find_exchanged_tiles(data: MeasuredDataset) -> list[tuple[Measurement, Measurement]]:
+    """Return the tiles of a grid, each with the one whose mask fits it, if rows are columns.
+
+    Images are numbered by row and column, and masks by column and row: ``tile_2_5`` has the mask
+    of ``tile_5_2``. Empty unless these masks fit, and their own do not.
+    """
+    names = {data.pair_name(each): each for each in data.complete}
+    partners = [
+        (each, names[exchanged])
+        for name, each in names.items()
+        if (exchanged := _TWO_LAST_NUMBERS.sub(r"\3\2\1\4", name)) != name and exchanged in names
+    ]
+    known = [each.alignment for each, _ in partners if each.alignment is not None]
+    if len(known) < _MIN_PAIRS or 2 * len(partners) < len(data.complete):
+        return []
+    if shift_z_score(np.mean(known, axis=0)) >= _MIN_FOUND_Z_SCORE:
+        return []
+    own, fits = [], []
+    for each, other in pick_evenly(partners, MAX_SUSPECTS):
+        pixels, pixels_of_other = reread_pair(data, each), reread_pair(data, other)
+        if each.alignment is None or pixels is None or pixels_of_other is None:
+            continue
+        image, codes = pixels[0], pixels_of_other[1]
+        fit = measure_edge_alignment(image, codes) if image.shape[:2] == codes.shape else None
+        if fit is not None:
+            own.append(each.alignment)
+            fits.append(fit)
+    if len(fits) < _MIN_PAIRS:
+        return []
+    gains = np.array(
+        [strength_at(fit) - strength_at(one) for fit, one in zip(fits, own, strict=True)]
+    )
+    error = max(float(gains.std(ddof=1)) / len(gains) ** 0.5, 1e-3)
+    fit, usual = np.mean(fits, axis=0), np.mean(own, axis=0)
+    is_sure = shift_z_score(fit) >= _MIN_FOUND_Z_SCORE or gains.mean() >= _MIN_PLACED_T * error
+    is_clear = strength_at(fit) - 1 >= _MIN_TILE_GAIN * max(0.0, strength_at(usual) - 1)
+    return partners if is_sure and is_clear else []
+
+
+def check_exchanged_tiles(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find tiles of a grid whose rows and columns are exchanged between images and masks."""
+    partners = data.once(find_exchanged_tiles)
+    if not partners:
+        return
+    each, other = partners[0]
+    yield Finding(
+        "rows and columns of tiles exchanged",
+        "error",
+        tuple(one.pair.mask for one, _ in partners),
+        "the masks do not fit their images, but do if the row and the column in the names of the "
+        f"tiles are exchanged: '{data.name(other.pair.mask)}' fits '{data.pair_name(each)}'",
+        "number the tiles of images and masks alike",
+        tuple(
+            Repair(one.pair, f"mask: that of {data.pair_name(two)}", mask_source=two.pair)
+            for one, two in partners
+        ),
+    )
+
+
 def check_exchanged_masks(data: MeasuredDataset) -> Iterator[Finding]:
     """Find masks that all belong to other images, as when one folder was renumbered.
 
@@ -359,6 +424,7 @@ def check_exchanged_masks(data: MeasuredDataset) -> Iterator[Finding]:
         or usual.shift != (0, 0)
         or data.once(find_common_placement)
         or data.once(_find_common_turn)
+        or data.once(find_exchanged_tiles)
     ):
         return
     suspects = [

@@ -69,6 +69,7 @@ CHECKS: tuple[Check, ...] = (
     alignment.check_common_shift,
     alignment.check_common_placement,
     alignment.check_common_turn,
+    alignment.check_exchanged_tiles,
     alignment.check_exchanged_masks,
     single_masks.check_copied_masks,
     single_masks.check_single_masks,
@@ -92,6 +93,7 @@ _EDGE_CHECKS = (
     alignment.check_common_shift,
     alignment.check_common_placement,
     alignment.check_common_turn,
+    alignment.check_exchanged_tiles,
     alignment.check_exchanged_masks,
     single_masks.check_single_masks,
 )
