@@ -35,6 +35,13 @@ def remove_class(root: Path) -> Planted:
     return "class without pixels", set()
 
 
+def make_validation_grey(root: Path) -> Planted:
+    files = sorted((root / "val" / "images").iterdir())
+    for path in files:
+        edit_picture(path, lambda image: np.repeat(image[..., 1:2], 3, axis=2))
+    return "colours of splits differ", {path.name for path in files}
+
+
 def make_class_rare(root: Path) -> Planted:
     corner = np.add.outer(np.arange(SIZE[1]), np.arange(SIZE[0])) < 12
     edit_all_masks(root, lambda mask: np.where(mask == 4, 9, mask).astype(np.uint8))
@@ -69,9 +76,12 @@ DEFECTS = {
     "class without pixels": Defect("streets", remove_class),
     "tiny class": Defect("streets", make_class_rare),
     "splits of different class shares": Defect(
-        "streets", relabel_validation, frozenset({"class missing from validation"})
+        "streets",
+        relabel_validation,
+        frozenset({"class missing from validation", "class not drawn everywhere"}),
     ),
     "constant region": Defect("streets", add_hood),
+    "grey images for validation": Defect("streets", make_validation_grey),
 }
 
 

@@ -26,6 +26,9 @@ MAX_RARE_SHARE = 0.005
 # With fewer images per split, a difference is not significant.
 _MIN_IMAGES_PER_SPLIT = 5
 
+# Splits differ in colour if so many images of each do, and their shares of grey images by so much.
+_MIN_IMAGES_OF_COLOR, _MIN_GREY_DIFFERENCE = 3, 0.5
+
 # With fewer masks, it is not known that most have several classes.
 _MIN_MASKS = 8
 
@@ -155,6 +158,40 @@ def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
             f"the splits differ in {join_names(described)}",
             "scores on such a split say little about other images; hold out blocks of several "
             "places, or report the difference with the score",
+        )
+
+
+def check_grey_split(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find a split whose images are grey while those for training have colours, or vice versa."""
+    splits: dict[str, list[Measurement]] = {}
+    for each in data.complete:
+        if each.image is not None and (each.image.is_grey or each.image.tints is not None):
+            splits.setdefault(each.pair.split, []).append(each)
+    train = splits.get("train", [])
+    for split in ("val", "test"):
+        held_out = splits.get(split, [])
+        if min(len(train), len(held_out)) < _MIN_IMAGES_OF_COLOR:
+            continue
+        shares = [
+            sum(each.image.is_grey for each in part if each.image is not None) / len(part)
+            for part in (train, held_out)
+        ]
+        if abs(shares[0] - shares[1]) < _MIN_GREY_DIFFERENCE:
+            continue
+        is_grey = shares[1] > shares[0]
+        files = tuple(
+            each.pair.image
+            for each in held_out
+            if each.image is not None and each.image.is_grey == is_grey
+        )
+        yield Finding(
+            "colours of splits differ",
+            "warning",
+            files,
+            f"{100 * shares[0]:.0f} % of the images of train are grey and {100 * shares[1]:.0f} % "
+            f"of those of {split}, such as '{data.name(files[0])}'",
+            f"save all images in the same way, or have both kinds in train; otherwise the scores "
+            f"on {split} are those of a model that never saw such images",
         )
 
 

@@ -144,6 +144,7 @@ class ImageMeasurement:
         thumbnail: grey, ``THUMBNAIL_SHAPE`` float32, in the file's own numbers.
         tints: the level of red, times the number of levels, plus that of blue, ``THUMBNAIL_SHAPE``
             (see ``TINT_LIMITS``); None without three bands.
+        is_grey: it has one band, or three that are equal.
         signature: what near duplicates share (:func:`useg.data.duplicates.compute_signature`).
         landmarks: what crops share (:func:`useg.data.duplicates.find_landmarks`).
     """
@@ -153,6 +154,7 @@ class ImageMeasurement:
     dtype: str
     thumbnail: NDArray[np.float32]
     tints: NDArray[np.uint8] | None
+    is_grey: bool
     signature: NDArray[np.uint8]
     landmarks: Landmarks
 
@@ -297,6 +299,7 @@ def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement
         str(image.dtype),
         _make_thumbnail(image),
         _find_tints(image),
+        _is_grey(image),
         _compute_fast_signature(image),
         find_landmarks(image),
     )
@@ -488,6 +491,14 @@ def _find_tints(image: NDArray[Any]) -> NDArray[np.uint8] | None:
     of_red, of_blue = (np.digitize((band - green) / total, TINT_LIMITS) for band in (red, blue))
     tints: NDArray[np.uint8] = (of_red * (len(TINT_LIMITS) + 1) + of_blue).astype(np.uint8)
     return tints
+
+
+def _is_grey(image: NDArray[Any]) -> bool:
+    """Return whether an image has one band, or three that are equal."""
+    part = _every_nth_pixel(image)
+    return part.shape[2] == 1 or (
+        part.shape[2] == 3 and all(np.array_equal(part[..., 0], part[..., band]) for band in (1, 2))
+    )
 
 
 def _every_nth_pixel(image: NDArray[Any]) -> NDArray[Any]:

@@ -81,6 +81,7 @@ CHECKS: tuple[Check, ...] = (
     balance.check_single_class_masks,
     balance.check_class_pixels,
     balance.check_split_shares,
+    balance.check_grey_split,
     balance.check_constant_region,
     looks.check_negative_images,
     looks.check_exchanged_image_colors,
@@ -102,6 +103,7 @@ _EDGE_CHECKS = (
 _DOUBTS = (
     "negative images",
     "red and blue of images exchanged",
+    "colours of splits differ",
     "outlines too wide or too narrow",
     "masks fit no images",
     single_masks.NO_FIT_KIND,
