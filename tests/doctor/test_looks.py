@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_doctor import Defect, Planted, assert_found_and_repaired, edit_picture, find_file
 
@@ -19,9 +20,21 @@ def exchange_red_and_blue_of_validation(root: Path) -> Planted:
     return "red and blue of images exchanged", names
 
 
+def leave_out_buildings_in_validation(root: Path) -> Planted:
+    files = sorted((root / "val" / "masks").iterdir())
+    for path in files:
+        edit_picture(path, lambda mask: np.where(mask == 1, 0, mask).astype(np.uint8))
+    return "class not drawn everywhere", {path.name for path in files}
+
+
 DEFECTS = {
     "some images inverted": Defect("cells", invert_some_images),
     "validation images in BGR": Defect("streets", exchange_red_and_blue_of_validation),
+    "no buildings in validation": Defect(
+        "streets",
+        leave_out_buildings_in_validation,
+        frozenset(["class missing from validation", "splits differ"]),
+    ),
 }
 
 

@@ -1,8 +1,9 @@
-"""Find images in which the classes look different: negatives, or red and blue exchanged.
+"""Find images in which the classes look different, or that lack a class that they show.
 
 A thumbnail's cells are counted by class, by band of rows and by level: brightness for negatives,
 tint for red and blue. Images whose cells are more likely after a change of the levels were probably
-changed that way.
+changed that way: they are negatives, or have red and blue exchanged. A class was probably not drawn
+in images without it, if their cells look as often like it as those of the others.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from useg.doctor.measure import (
     Measurement,
 )
 from useg.errors import format_count
+from useg.folders import natural_key
 
 # With fewer images, it is not known how classes usually look; more are not compared, and no more
 # classes than these. Each is compared in so many bands of rows of the image. A cell's brightness
@@ -42,6 +44,18 @@ _UNCLEAR_GAIN_SHARE, _MAX_UNCLEAR_IMAGES = 0.25, 0.25
 # by an exchange, and on average half as much as the others would lose.
 _MIN_GAIN_OF_EXCHANGE, _MIN_EXCHANGE_SHARE = 0.25, 0.5
 _MIN_GAINING_IMAGES, _MAX_GAINING_OTHERS = 0.65, 0.2
+
+# A class may not have been drawn in so many images, one after the other or in one folder, if at
+# least so many others, and that share of them, have it, with so many cells.
+_MIN_IMAGES_WITHOUT, _MIN_SHARE_WITHOUT = 5, 0.15
+_MIN_IMAGES_WITH, _MIN_SHARE_WITH, _MIN_CELLS_OF_CLASS = 5, 0.5, 60
+# It is worth a note if they are so many, and that share of the others has the class.
+_MIN_STRIKING_SHARE, _MIN_STRIKING_SHARE_WITH = 0.25, 0.8
+# Cells look like a class by brightness, tint and band of rows, in so many levels. So much of a
+# class is recognised that way at least, and the images without it show as much of what the others
+# do, with that t-statistic.
+_NUM_GREYS, _NUM_THIRDS = 8, 3
+_MIN_RECOGNISED, _MIN_SHOWN, _MIN_T_OF_SHOWN = 0.3, 0.5, 5.0
 
 
 def find_negative_images(data: MeasuredDataset) -> tuple[Measurement, ...]:
@@ -208,3 +222,144 @@ def _gain_by_change(
     counted = own * (total >= _MIN_COMPARED_CELLS)
     means: NDArray[np.float32] = (counted * gain).sum((1, 2)) / counted.sum((1, 2)).clip(1)
     return means
+
+
+def check_undrawn_classes(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find classes that a series of images lacks although they show what looks like them."""
+    images = pick_evenly(data.complete, _MAX_IMAGES_OF_LOOKS)
+    if len(images) < _MIN_IMAGES_WITHOUT + _MIN_IMAGES_WITH or len(data.dataset.classes) < 2:
+        return
+    images = sorted(images, key=lambda each: natural_key(each.pair.image.name))
+    pixels = np.array([data.counts[each.pair] for each in images])[:, : len(data.dataset.classes)]
+    usual = int(pixels.sum(0).argmax())
+    cells = None
+    for k in np.flatnonzero(pixels.any(0)).tolist():
+        has_class = pixels[:, k] > 0
+        for lacks in _find_series_without(images, has_class) if k != usual else ():
+            cells = _describe_cells(data, images) if cells is None else cells
+            instead = _find_undrawn(*cells, k, lacks)
+            is_striking = (
+                lacks.mean() >= _MIN_STRIKING_SHARE
+                and has_class[~lacks].mean() >= _MIN_STRIKING_SHARE_WITH
+            )
+            if instead is not None or is_striking:
+                yield _undrawn_class(data, images, k, (has_class, lacks), instead)
+                break
+
+
+def _undrawn_class(
+    data: MeasuredDataset,
+    images: Sequence[Measurement],
+    k: int,
+    series: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    instead: int | None,
+) -> Finding:
+    has_class, lacks = series
+    names = data.dataset.classes.names
+    files = tuple(images[n].pair.image for n in np.flatnonzero(lacks).tolist())
+    beside = images[int(has_class.argmax())].pair.image
+    message = (
+        f"{names[k]} is in {int(has_class.sum())} of {int((~lacks).sum())} images, such as "
+        f"'{data.name(beside)}', and in none of {len(files)}, such as '{data.name(files[0])}'"
+    )
+    remedy = (
+        f"view them: if {names[k]} was not drawn in them, draw it, or leave them out with the "
+        "split gap in a split.csv"
+    )
+    if instead is None:
+        return Finding(
+            "class in a part of the images",
+            "note",
+            files,
+            message,
+            f"{remedy}; otherwise ignore this note",
+        )
+    return Finding(
+        "class not drawn everywhere",
+        "warning",
+        files,
+        f"{message}; but by brightness, colour and height these show as much of it, which is "
+        f"{names[instead]} there",
+        remedy,
+        evidence={"beside": beside},
+    )
+
+
+def _find_series_without(
+    images: Sequence[Measurement], has_class: NDArray[np.bool_]
+) -> Iterator[NDArray[np.bool_]]:
+    """Yield the images at the beginning, at the end, and in a folder that all lack a class."""
+    number = len(images)
+    least = max(_MIN_IMAGES_WITHOUT, _MIN_SHARE_WITHOUT * number)
+    first, last = int(has_class.argmax()), number - int(has_class[::-1].argmax())
+    series = [np.arange(number) < first, np.arange(number) >= last]
+    folders = [each.pair.image.parent for each in images]
+    series += [np.array([own == one for own in folders]) for one in dict.fromkeys(folders)]
+    for lacks in series:
+        others = has_class[~lacks]
+        if (
+            lacks.sum() >= least
+            and not has_class[lacks].any()
+            and others.sum() >= max(_MIN_IMAGES_WITH, _MIN_SHARE_WITH * len(others))
+        ):
+            yield lacks
+
+
+def _describe_cells(
+    data: MeasuredDataset, images: Sequence[Measurement]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the class of each cell, or -1, and its look ``(N, cells)``."""
+    num_classes, num_tints = len(data.dataset.classes), (len(TINT_LIMITS) + 1) ** 2
+    rows, columns = THUMBNAIL_SHAPE
+    thirds = np.repeat(np.arange(rows) * _NUM_THIRDS // rows, columns).reshape(THUMBNAIL_SHAPE)
+    greys = np.array([each.image.thumbnail for each in images if each.image is not None])
+    limits = np.quantile(greys, np.arange(1, _NUM_GREYS) / _NUM_GREYS)
+    levels = np.searchsorted(limits, greys)
+    classes = np.full((len(images), rows * columns), -1)
+    looks = np.zeros((len(images), rows * columns), np.int64)
+    for n, each in enumerate(images):
+        assert each.image is not None
+        assert each.mask is not None
+        ids = data.ids(each.mask.code_grid).ravel()
+        classes[n] = np.where(ids < num_classes, ids, -1)
+        tints = 0 if each.image.tints is None else each.image.tints.astype(np.int64)
+        looks[n] = ((thirds * _NUM_GREYS + levels[n]) * num_tints + tints).ravel()
+    return classes, looks
+
+
+def _find_undrawn(
+    classes: NDArray[np.int64], looks: NDArray[np.int64], k: int, lacks: NDArray[np.bool_]
+) -> int | None:
+    """Return which class cells have instead of ``k`` in images that lack it; None if none do.
+
+    The others are divided into halves: one tells which looks are those of the class, and the other
+    how many of its cells are recognised by them, and how many other cells are mistaken for it.
+    """
+    others = np.flatnonzero(~lacks)
+    num_of_class = (classes[others] == k).sum()
+    if num_of_class < _MIN_CELLS_OF_CLASS:
+        return None
+    num_looks = int(looks.max()) + 1
+    recognised, mistaken = 0.0, np.zeros(len(classes))
+    shown = np.zeros(classes.shape)
+    for half in (0, 1):
+        known, tested = others[half::2], others[1 - half :: 2]
+        is_known = classes[known] >= 0
+        total = np.bincount(looks[known][is_known], minlength=num_looks)
+        of_class = np.bincount(looks[known][classes[known] == k], minlength=num_looks)
+        share = (of_class / (total + 2.0))[looks]
+        recognised += float(share[tested][classes[tested] == k].sum())
+        is_other = (classes >= 0) & (classes != k)
+        mistaken[tested] = (share * is_other)[tested].sum(1)
+        shown += share * is_other / 2
+    if recognised < _MIN_RECOGNISED * num_of_class:
+        return None
+    excess = shown[lacks].sum(1) - mistaken[others].mean()
+    error = np.hypot(
+        excess.std(ddof=1) / len(excess) ** 0.5, mistaken[others].std(ddof=1) / len(others) ** 0.5
+    )
+    usual = recognised / len(others)
+    if excess.mean() < max(_MIN_SHOWN * usual, _MIN_T_OF_SHOWN * max(float(error), 1e-6)):
+        return None
+    weights = np.bincount(classes[lacks].clip(0).ravel(), shown[lacks].ravel())
+    return int(weights.argmax())

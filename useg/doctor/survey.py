@@ -85,6 +85,7 @@ CHECKS: tuple[Check, ...] = (
     balance.check_constant_region,
     looks.check_negative_images,
     looks.check_exchanged_image_colors,
+    looks.check_undrawn_classes,
     leaks.check_video_sequences,
     stored_values.describe_stored_values,
 )
@@ -104,6 +105,7 @@ _DOUBTS = (
     "negative images",
     "red and blue of images exchanged",
     "colours of splits differ",
+    "class not drawn everywhere",
     "outlines too wide or too narrow",
     "masks fit no images",
     single_masks.NO_FIT_KIND,
