@@ -50,7 +50,7 @@ TINY = {
     "model.encoder": "plain",
     "model.padding": "valid",
     "model.width": 4,
-    "model.depth": 2,
+    "model.depth": 1,  # with more, the export of an unpadded network takes twice as long
     "data.size": "64x48",
     "train.steps": 2,
 }
@@ -158,10 +158,32 @@ def write_video(path: Path, pictures: list[Path]) -> None:
         container.mux(stream.encode())
 
 
+class Services(ExitStack):
+    """The services that pages have started; pages that start the same one share it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.address = ADDRESS
+        self._running: dict[tuple[str, ...], str] = {}
+
+    def start(self, words: list[str]) -> None:
+        """Start a service, whose address is that of the pages from now on."""
+        if tuple(words) not in self._running:
+            self._running[tuple(words)] = self.enter_context(serving(words))
+        self.address = self._running[tuple(words)]
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[Services]:
+    with Services() as started:
+        yield started
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
 def test_blocks_of_a_page_run(
     page: Path,
     request: pytest.FixtureRequest,
+    services: Services,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -181,18 +203,18 @@ def test_blocks_of_a_page_run(
     monkeypatch.setattr(home, short_training(useg.train, folder, run))
     names: dict[str, Any] = {"__name__": page.stem}
     checking = {"PAGE": text(str(page)), "text": text, "load": load_json, "useg": useg}
-    addresses: dict[str, str] = {}
-    with ExitStack() as services:
-        for step in wanted:
-            if step.marker == "file":
-                Path(step.reason).parent.mkdir(parents=True, exist_ok=True)
-                Path(step.reason).write_text(step.code)
-            elif step.kind == "check":
-                assert eval(step.code, {**checking, **names}), f"{page.name}: {step.code}"
-            elif step.kind in PYTHON:
-                exec(compile(step.code, page.name, "exec"), names)
-            else:
-                run_shell(step.code, services, addresses)
+    # No page uses a service that only another page starts.
+    services.address = ADDRESS
+    for step in wanted:
+        if step.marker == "file":
+            Path(step.reason).parent.mkdir(parents=True, exist_ok=True)
+            Path(step.reason).write_text(step.code)
+        elif step.kind == "check":
+            assert eval(step.code, {**checking, **names}), f"{page.name}: {step.code}"
+        elif step.kind in PYTHON:
+            exec(compile(step.code, page.name, "exec"), names)
+        else:
+            run_shell(step.code, services)
 
 
 def text(path: str) -> str:
@@ -229,16 +251,16 @@ def short_training(train: Callable[..., Any], folder: Path, run: Any) -> Callabl
     return checked
 
 
-def run_shell(code: str, services: ExitStack, addresses: dict[str, str]) -> None:
+def run_shell(code: str, services: Services) -> None:
     """Run a block: commands of useg in this process, everything else by bash."""
     for line in commands(code):
         words = shlex.split(line, comments=True)
         if words[:2] == ["useg", "serve"]:
-            addresses[ADDRESS] = services.enter_context(serving(words[2:]))
+            services.start(words[2:])
         elif words[:1] == ["useg"] and not set(words) & {"|", "||", ">"}:
             run_useg(words[1:])
         elif words:
-            line = line.replace(ADDRESS, addresses.get(ADDRESS, ADDRESS))
+            line = line.replace(ADDRESS, services.address)
             bash = ["bash", "-euo", "pipefail", "-c", line]
             done = subprocess.run(bash, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
