@@ -11,6 +11,7 @@ The module also defines what a check returns: a :class:`Finding`, with the repai
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -122,7 +123,8 @@ class Finding:
 
 def relative_name(path: Path, dataset: Dataset) -> str:
     """Return a file's path below the data set's folder, as messages name it."""
-    return str(path.relative_to(dataset.root)) if path.is_relative_to(dataset.root) else str(path)
+    # There may be hundreds of thousands of files, for which pathlib takes seconds.
+    return str(path).removeprefix(str(dataset.root).rstrip(os.sep) + os.sep)
 
 
 @dataclass(frozen=True)

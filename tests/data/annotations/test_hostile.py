@@ -196,4 +196,4 @@ def test_very_many_points_of_many_images_are_read(tmp_path, monkeypatch):
     write_file(tmp_path / "coco.json", list_coco(["p0.jpg"]))
     monkeypatch.setattr(formats, "_MAX_ITEMS_OF_AN_IMAGE", 1)
     assert len(find_dataset(tmp_path).pairs) == 1
-    assert Reading(tmp_path, []).check_count(tmp_path, 125_000) is None
+    assert Reading(tmp_path, []).check_count(tmp_path, 250_000) is None
