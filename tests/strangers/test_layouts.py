@@ -726,3 +726,33 @@ def test_python_objects_of_cellpose_are_not_taken_for_images(tmp_path: Path) -> 
     dataset = find_dataset(tmp_path)
     assert masks_of(dataset)["im3.png"] == "im3_cp_masks.png"
     assert not dataset.images
+
+
+def test_classes_are_preferred_to_equal_masks_that_are_called_objects(tmp_path: Path) -> None:
+    # CVAT's "Segmentation mask 1.1", where each class has one object.
+    objects = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)], np.uint8)
+    for k in range(5):
+        pixels, label = yard(k)
+        save(tmp_path / "JPEGImages" / f"{k}.jpg", pixels)
+        save(tmp_path / "SegmentationClass" / f"{k}.png", COLORS[label])
+        save(tmp_path / "SegmentationObject" / f"{k}.png", objects[label])
+    assert {pair.mask.parent.name for pair in find_dataset(tmp_path).pairs} == {"SegmentationClass"}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_masks_in_a_fourth_band_are_mentioned(tmp_path: Path, suffix: str) -> None:
+    for k in range(4):
+        pixels, label = yard(k)
+        save(tmp_path / f"{k}{suffix}", np.dstack([pixels, np.uint8(255) * (label == 3)]))
+    with pytest.raises(DataError, match=r"fourth band .* has few values, like a mask"):
+        find_dataset(tmp_path)
+
+
+def test_images_of_one_band_each_are_asked_to_be_joined(tmp_path: Path) -> None:
+    for k in range(5):
+        pixels, label = yard(k)
+        save(tmp_path / "masks" / f"{k}.png", label)
+        for band, name in enumerate("RGB"):
+            save(tmp_path / "images" / f"{k}_{name}.png", np.ascontiguousarray(pixels[..., band]))
+    with pytest.raises(DataError, match="join the bands of each image in one TIFF"):
+        find_dataset(tmp_path)

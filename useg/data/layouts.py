@@ -50,12 +50,20 @@ from useg.data.scribbles import describe_scribbles
 from useg.data.truth import OpenChoiceError
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.folders import list_files, list_subfolders, walk_folders, walking_once
-from useg.images.files import list_image_files, num_pages, read_size
+from useg.images.files import (
+    list_image_files,
+    num_pages,
+    read_image,
+    read_mask_and_alpha,
+    read_size,
+)
 from useg.images.formats import ALL_PAGES, UNREAD_SUFFIXES
 from useg.parsing import open_file
 
 # Image files that are opened if no pairs are found.
 _NUM_TRIED = 3
+# A band of more values is no mask.
+_MAX_FEW_VALUES = 16
 # Annotation files that are examined beside masks: this many, and this many bytes at both ends.
 _MAX_ANNOTATION_FILES = 8
 _END_BYTES = 4096
@@ -468,6 +476,16 @@ def _list_content(folder: Path, suffixes: Counter[str]) -> str:
     return ", ".join(shown)
 
 
+def _has_mask_as_fourth_band(path: Path) -> bool:
+    """Return whether an image has a fourth band, or transparency, of two to a few values."""
+    try:
+        alpha = read_mask_and_alpha(path)[1]
+    except UsageError:
+        pixels = read_image(path)
+        alpha = pixels[..., 3] if pixels.shape[2] == 4 else None
+    return alpha is not None and 2 <= len(set(alpha.ravel().tolist())) <= _MAX_FEW_VALUES
+
+
 def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str:
     """Say what to do with a folder in which no pairs were found.
 
@@ -494,6 +512,12 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
             read_size(path)
         except UsageError as error:
             return str(error)
+    if images and all(map(_has_mask_as_fourth_band, images[:_NUM_TRIED])):
+        return (
+            f"The fourth band of '{images[0]}' and others, or their transparency, has few values, "
+            "like a mask. If it is the mask, save it as a file of its own, such as masks/a.png, "
+            "and the other bands as images/a.png"
+        )
     if alike := find_photographs_alike(folder):
         return (
             f"The names of {alike} agree, but both look like photographs, and masks have plain "

@@ -275,7 +275,8 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     masks_listed = ", ".join(f"{each.name} ({len(each.masks)})" for each in truths)
     raise OpenChoiceError(
         f"there are {len(sets)} sets of images for the same masks: {listed}, and it is unclear "
-        f"which of them to use. The masks are {masks_listed}",
+        f"which of them to use. The masks are {masks_listed}. If these sets are bands of the same "
+        "images, join the bands of each image in one TIFF or .npy",
         _as_candidates(sets, files),
         _weigh(truths),
     )

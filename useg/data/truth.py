@@ -63,7 +63,7 @@ OTHER_WORDS = ANSWER_WORDS | frozenset(
     [
         *("object", "objects", "instance", "instances", "inst", "panoptic", "color", "colors"),
         *("superpixel", "superpixels", "visibility", "distance", "distances", "centers", "pseudo"),
-        *("instanceids", "instancetrainids", "old", "backup"),
+        *("instanceids", "instancetrainids", "segmentationobject", "old", "backup"),
         *("colour", "colours", "colored", "colormap", "colormaps", "vis", "visualization"),
         *("overlay", "overlays", "preview", "previews", "thumb", "thumbs", "thumbnail"),
         *("thumbnails", "depth", "disparity", "boundary", "boundaries"),
@@ -469,10 +469,11 @@ def _explain(one: _Look, other: _Look) -> str:
         coverage = one.counted_share / max(1e-9, other.counted_share)
         if coverage < _PARTIAL_AREA:
             return f"labels only a part of what {name} labels"
-        is_plainer = coverage * _PARTIAL_AREA < 1 and (one.is_colored, int(one.all_values[-1])) > (
-            other.is_colored,
-            int(other.all_values[-1]),
-        )
+        ranks = [
+            (bool(_own_other_words(*two)), two[0].is_colored, int(two[0].all_values[-1]))
+            for two in ((one, other), (other, one))
+        ]
+        is_plainer = coverage * _PARTIAL_AREA < 1 and ranks[0] > ranks[1]
         if one.suffix > other.suffix and all((a == b).all() for a, b in _pairs(one, other)):
             return f"shows the same as {name} in another format"
         how = "in colours" if one.is_colored else "with other values"

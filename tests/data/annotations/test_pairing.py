@@ -200,6 +200,11 @@ def reasons(dataset: Dataset) -> list[str]:
         ("b.json", {"asset": {}, "regions": []}, "the format VoTT, which useg does not read"),
         ("x.geojson.json", {"type": "FeatureCollection", "features": []}, "the format GeoJSON"),
         ("results.json", [{"image_id": 1, "category_id": 3}], "the format COCO's results"),
+        ("a___objects.json", {"metadata": {}, "instances": []}, "the format SuperAnnotate"),
+        ("kili.json", [{"externalId": "a", "jsonResponse": {}}], "the format Kili"),
+        ("dl.json", {"filename": "/a.jpg", "annotations": []}, "the format Dataloop"),
+        ("tasks.json", [{"task_id": "1", "response": {}}], "the format Scale"),
+        ("sa_1.json", {"image": {}, "annotations": []}, "the format Segment Anything"),
     ],
 )
 def test_a_foreign_file_is_skipped_with_its_reason(tmp_path, name, content, reason):

@@ -127,6 +127,12 @@ _OTHER_JSON: tuple[tuple[str, Test, str], ...] = (
     ("Labelbox", _has("data_row"), "export masks in Labelbox, or convert it to COCO"),
     ("CreateML", _lists("image", "annotations"), "it has boxes only: export outlines"),
     ("Hasty", _has("export_format_version", "images"), "export COCO in Hasty"),
+    ("SuperAnnotate", _has("metadata", "instances"), "convert it to COCO with SuperAnnotate's SDK"),
+    ("Kili", _lists("jsonResponse"), "export COCO in Kili"),
+    ("Dataloop", _has("filename", "annotations"), "export COCO in Dataloop"),
+    ("Scale", _lists("task_id", "response"), "convert it to COCO"),
+    ("Segment Anything (SA-1B)", _has("image", "annotations"), "its masks have no classes: draw "
+     "those of your classes into a mask for each image"),
 )  # fmt: skip
 
 
