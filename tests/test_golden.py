@@ -15,10 +15,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +28,7 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
+from blank_charts import render_nothing
 from golden_data import pixels_of
 from golden_store import OLD, answer, check, check_label_maps, cli, digest
 
@@ -624,7 +622,10 @@ def test_networks_have_the_same_layers() -> None:
 # Data sets: layouts, splits, plans, class tables, findings
 
 
-def test_plans_splits_and_class_tables_are_the_same(data: dict[str, Path], tmp_path: Path) -> None:
+def test_plans_splits_and_class_tables_are_the_same(
+    data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("useg.pictures._render", render_nothing)
     found: dict[str, Any] = {}
     given: dict[str, dict[str, Any]] = {
         "scenes": {},
@@ -693,27 +694,16 @@ def test_what_inspect_finds_is_the_same(data: dict[str, Path], tmp_path: Path) -
 def test_the_service_gives_the_label_map(
     photos: dict[str, np.ndarray], answers: Answers, slack: float, tmp_path: Path
 ) -> None:
-    for package in ("fastapi", "uvicorn", "python_multipart"):
-        pytest.importorskip(package)
+    # It skips where the packages of the service are missing.
+    from served import served
+
     golden_data.save(tmp_path / "picture.png", photos["larger"])
-    command = [sys.executable, "-m", "useg", "serve", str(MODELS["valid"]), "--port", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as serving:
-        try:
-            assert serving.stdout
-            url = re.search(r"http://[\w.:]+", serving.stdout.readline())
-            assert url
-            replies = {}
-            for kind in ("image/png", "application/json", "application/geo+json"):
-                headers = {"Accept": kind, "Content-Type": "image/png"}
-                request = urllib.request.Request(
-                    f"{url[0]}/predict", (tmp_path / "picture.png").read_bytes(), headers
-                )
-                with urllib.request.urlopen(request, timeout=30) as reply:
-                    replies[kind] = reply.read()
-        finally:
-            serving.terminate()
+    content, replies = (tmp_path / "picture.png").read_bytes(), {}
+    with served(useg.load(MODELS["valid"])) as site:
+        for kind in ("image/png", "application/json", "application/geo+json"):
+            reply = site.ask("/predict", content, accept=kind, content_type="image/png")
+            assert reply.status == 200
+            replies[kind] = reply.content
     (tmp_path / "label.png").write_bytes(replies["image/png"])
     with PIL.Image.open(tmp_path / "label.png") as opened:
         label, colors = np.array(opened), opened.getpalette()
