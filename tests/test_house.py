@@ -57,6 +57,7 @@ ROOMS = (
 )
 
 
+@cache
 def parsed(module: str) -> ast.Module:
     return ast.parse((PACKAGE / module).read_text())
 
