@@ -23,6 +23,20 @@ def exchange_two_classes(root: Path) -> Planted:
     return "classes exchanged", {edit_picture(find_file(root, 12), lambda mask: order[mask]).name}
 
 
+def exchange_two_classes_of_validation(root: Path) -> Planted:
+    """Exchange them in ten of 22 masks, which are more than a third."""
+    for folder in ("images", "masks"):
+        for k in range(5):
+            path = find_file(root, k, folder)
+            path.rename(root / "val" / folder / path.name)
+    order = np.arange(256, dtype=np.uint8)
+    order[[1, 2]] = 2, 1
+    files = sorted((root / "val" / "masks").iterdir())
+    for path in files:
+        edit_picture(path, lambda mask: order[mask])
+    return "classes exchanged", {path.name for path in files}
+
+
 def exchange_red_and_blue(root: Path) -> Planted:
     """Store every class as a colour whose reversed colour is a class too."""
     (root / "classes.toml").unlink()
@@ -35,6 +49,9 @@ def exchange_red_and_blue(root: Path) -> Planted:
 
 DEFECTS = {
     "two classes exchanged": Defect("streets", exchange_two_classes),
+    "two classes exchanged in a split": Defect(
+        "streets", exchange_two_classes_of_validation, frozenset({"splits differ"})
+    ),
     "red and blue exchanged": Defect("streets", exchange_red_and_blue, frozenset({"colour masks"})),
     "inverted masks": Defect("cells", invert_masks),
 }

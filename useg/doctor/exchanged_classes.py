@@ -43,6 +43,8 @@ _MIN_GAIN, _MIN_MEAN_GAIN = 100, 0.5
 # Each of two classes must gain in so many cells: without a fault, no mask of seven public data sets
 # did in 6,900 trials. Exchanged red and blue are usual, so there both together are enough.
 _MIN_CELLS = 16
+# Exchanged masks are those of a folder or split if so few, of those with the classes, differ.
+_MAX_OTHERS_IN_GROUP = 0.1
 # Pairs are made of so many classes, which are in that share of the masks.
 _MAX_COMPARED_CLASSES, _MIN_SHARE_OF_MASKS = 8, 0.25
 
@@ -133,17 +135,23 @@ def check_exchanged_classes(data: MeasuredDataset) -> Iterator[Finding]:
     if len(table) < 3 or len(masks) < _MIN_MASKS:
         return
     counts = _count_places(data, masks)
+    places = [(each.pair.split, each.pair.mask.parent) for each in masks]
+    groups = [
+        np.array([own[k] == one for own in places])
+        for k in (0, 1)
+        for one in dict.fromkeys(own[k] for own in places)
+    ]
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
     exchanged = _exchange_colors(table)
     if exchanged:
-        masks_of_colors = _find_exchanged(counts, exchanged, by_color=True)
+        masks_of_colors = _find_exchanged(counts, exchanged, groups, by_color=True)
         found = dict.fromkeys(masks_of_colors, (np.inf, exchanged))
     frequent = np.argsort(-(counts.sum(2) > 0).mean(0), kind="stable")[:_MAX_COMPARED_CLASSES]
     common = [k for k in frequent if (counts[:, k].any(1)).mean() >= _MIN_SHARE_OF_MASKS]
     for one, other in itertools.combinations(common, 2):
         partner = {int(one): int(other), int(other): int(one)}
         order = tuple(partner.get(k, k) for k in range(len(table)))
-        for k, gain in _find_exchanged(counts, order, by_color=False).items():
+        for k, gain in _find_exchanged(counts, order, groups, by_color=False).items():
             found[k] = max(found.get(k, (0.0, ())), (gain, order))
     negatives = {each.pair for each in data.once(find_negative_images)}
     for k, (_, best) in sorted(found.items()):
@@ -203,15 +211,21 @@ def _count_places(data: MeasuredDataset, masks: Sequence[Measurement]) -> NDArra
 
 
 def _find_exchanged(
-    counts: NDArray[np.float64], order: tuple[int, ...], *, by_color: bool
+    counts: NDArray[np.float64],
+    order: tuple[int, ...],
+    groups: Sequence[NDArray[np.bool_]],
+    *,
+    by_color: bool,
 ) -> dict[int, float]:
     """Return the masks that are like the others in this order of the classes.
 
-    They are at most a third, or half of them if red and blue are exchanged.
+    They are at most a third, or half of them if red and blue are exchanged, or if they are those of
+    a folder or split.
 
     Args:
         counts: from :func:`_count_places`.
         order: the class that each class becomes.
+        groups: the masks of each folder and split.
         by_color: whether this exchanges red and blue.
 
     Returns:
@@ -226,9 +240,15 @@ def _find_exchanged(
         is_exchanged ^= change
     if 2 * is_exchanged.sum() > len(counts):
         is_exchanged = ~is_exchanged
-    if not is_exchanged.any() or (3 - by_color) * is_exchanged.sum() > len(counts):
-        return {}
     gains, cells = _gain_by_order(counts, order, is_exchanged)
+    has_classes = cells.any(1)
+    is_group = any(
+        (is_exchanged ^ group)[has_classes].sum() <= _MAX_OTHERS_IN_GROUP * is_exchanged.sum()
+        for group in groups
+    )
+    most = len(counts) / (2 if by_color or is_group else 3)
+    if not 0 < is_exchanged.sum() <= most:
+        return {}
     total, mean = -gains.sum(1), -gains / np.maximum(cells, 1)
     overall = total / np.maximum(cells.sum(1), 1)
     is_seen = cells.sum(1) >= _MIN_CELLS
