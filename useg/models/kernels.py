@@ -70,6 +70,9 @@ MAX_COMPILE_SECONDS = 900
 # Relative difference to PyTorch's results in fp32, from rounding to bf16, which has 8 bits.
 MAX_DIFFERENCE = 0.02
 
+# The features (N, C, H, W) on which the kernels are tried.
+_TRIED_SHAPE = 2, 48, 10, 8
+
 
 @cache
 def load_kernels() -> ctypes.CDLL | None:
@@ -116,8 +119,22 @@ def _compile(compiler: list[str], sources: Sequence[Path], folder: Path) -> ctyp
 
 def _agrees(kernels: ctypes.CDLL) -> bool:
     """Return whether the layers and their gradients are those of PyTorch in fp32."""
+    results = [_try_layers(kernels, is_compiled) for is_compiled in (True, False)]
+    return all(
+        float((found.float() - expected).norm() / expected.norm()) < MAX_DIFFERENCE
+        for found, expected in zip(*results, strict=True)
+        if found is not None and expected is not None
+    )
+
+
+def _try_layers(kernels: ctypes.CDLL, is_compiled: bool) -> list[Tensor | None]:
+    """Compute small layers in bf16 by the kernels, or in fp32 by PyTorch.
+
+    Returns:
+        Logits, loss, the running variances of the norms, and the gradients.
+    """
     random = torch.Generator().manual_seed(0)
-    N, C, H, W = 2, 48, 10, 8
+    N, C, H, W = _TRIED_SHAPE
     features = (N, C, H, W), (N, 24, H // 2, W // 2), (N, 8, H, W)
     shapes = *features, (C, 1, 5, 5), (C, C, 3, 3), (C, C, 1, 1), (C, 32, 3, 3)
     inputs = [
@@ -126,63 +143,71 @@ def _agrees(kernels: ctypes.CDLL) -> bool:
     ]
     # The logits shall be near 1.
     inputs[-1] *= 0.05
-    has_convolutions = kernels.useg_has_convolutions()
-    target = (torch.arange(N * H * W) % C).view(N, H, W)
-    results = []
+    norms = [nn.BatchNorm2d(C) for _ in range(10)]
+    # Rounding moves features across the limits of ReLU6, where there are many.
+    for norm, bias in zip((norms[1], *norms[5:7], *norms[8:]), (3, 3, 1, 3, 3), strict=True):
+        nn.init.constant_(norm.bias, bias)
+    rounded = [x.bfloat16() if x.shape[0] == N else x for x in inputs]
+    if not is_compiled:
+        rounded = [x.float() for x in rounded]
+    leaves = [x.clone().requires_grad_() for x in rounded]
+    compute = _compute_by_kernels if is_compiled else _compute_by_pytorch
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        for is_compiled in (True, False):
-            norms = [nn.BatchNorm2d(C) for _ in range(10)]
-            # Rounding moves features across the limits of ReLU6, where there are many.
-            for norm, bias in zip(
-                (norms[1], *norms[5:7], *norms[8:]), (3, 3, 1, 3, 3), strict=True
-            ):
-                nn.init.constant_(norm.bias, bias)
-            rounded = [x.bfloat16() if x.shape[0] == N else x for x in inputs]
-            if not is_compiled:
-                rounded = [x.float() for x in rounded]
-            leaves = [x.clone().requires_grad_() for x in rounded]
-            x, coarse, skip, weight, square, flat, wide = leaves
-            small = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
-            merging = torch.cat([square, square[:, :8]], 1)
-            if is_compiled:
-                conv = depthwise_convolution(kernels, x, weight, 1)
-                y = apply_convolution(conv, x, weight, norms[:2], nn.ReLU6())
-                y = apply_norm(kernels, x, y, norms[2], None)
-                if has_convolutions:
-                    conv = square_convolution(kernels, x, square)
-                    y = y + apply_convolution(conv, x, square, norms[3:5], nn.ReLU())
-                    layers = (flat, weight, flat), (norms[5], norms[6], norms[7]), nn.ReLU6()
-                    y = y + apply_blocks(kernels, x, [Block(*layers, 1, True, True)])[0]
-                    level = Level((merging, square), (norms[8], norms[9]), nn.ReLU())
-                    y = y + apply_levels(kernels, small, [skip], [level])
-                y = y + apply_repeated(kernels, coarse, skip, wide)
-                loss = apply_loss(kernels, y, target, torch.ones(C), (1.0, 1.0))
-            else:
-                y = F.conv2d(F.relu6(norms[0](x)), weight, None, 1, 2, 1, C)
-                y = norms[2](x) + F.relu6(norms[1](y))
-                if has_convolutions:
-                    y = y + F.relu(norms[4](F.conv2d(F.relu(norms[3](x)), square, padding=1)))
-                    hidden = F.relu6(norms[5](F.conv2d(x, flat)))
-                    hidden = F.relu6(norms[6](F.conv2d(hidden, weight, None, 1, 2, 1, C)))
-                    y = y + norms[7](F.conv2d(hidden, flat)) + x
-                    whole = torch.cat([F.interpolate(small, scale_factor=2.0), skip], 1)
-                    hidden = F.relu(norms[8](F.conv2d(whole, merging, padding=1)))
-                    y = y + F.relu(norms[9](F.conv2d(hidden, square, padding=1)))
-                whole = torch.cat([F.interpolate(coarse, scale_factor=2.0), skip], 1)
-                y = y + F.conv2d(whole, wide, padding=1)
-                p, truth = y.softmax(1), F.one_hot(target, C).permute(0, 3, 1, 2)
-                scores = 2 * (p * truth).sum((0, 2, 3)) / (p + truth).sum((0, 2, 3))
-                loss = F.cross_entropy(y, target) + 1 - scores.mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            # Within the block, the biases hardly count.
-            gradients = [each.grad for each in (*leaves, *(norm.bias for norm in norms[:5]))]
-            variances = (norm.running_var for norm in norms)
-            results.append([y.detach(), loss.detach(), *variances, *gradients])
-    return all(
-        float((found.float() - expected).norm() / expected.norm()) < MAX_DIFFERENCE
-        for found, expected in zip(*results, strict=True)
-        if found is not None and expected is not None
-    )
+        y, loss = compute(kernels, leaves, norms)
+        loss.backward()  # type: ignore[no-untyped-call]
+    # Within the block, the biases hardly count.
+    gradients = [each.grad for each in (*leaves, *(norm.bias for norm in norms[:5]))]
+    return [y.detach(), loss.detach(), *(norm.running_var for norm in norms), *gradients]
+
+
+def _tried_target() -> Tensor:
+    N, C, H, W = _TRIED_SHAPE
+    return (torch.arange(N * H * W) % C).view(N, H, W)
+
+
+def _compute_by_kernels(
+    kernels: ctypes.CDLL, leaves: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]
+) -> tuple[Tensor, Tensor]:
+    """Return the logits and the loss of :func:`_try_layers`."""
+    x, coarse, skip, weight, square, flat, wide = leaves
+    conv = depthwise_convolution(kernels, x, weight, 1)
+    y = apply_convolution(conv, x, weight, norms[:2], nn.ReLU6())
+    y = apply_norm(kernels, x, y, norms[2], None)
+    if kernels.useg_has_convolutions():
+        conv = square_convolution(kernels, x, square)
+        y = y + apply_convolution(conv, x, square, norms[3:5], nn.ReLU())
+        layers = (flat, weight, flat), (norms[5], norms[6], norms[7]), nn.ReLU6()
+        y = y + apply_blocks(kernels, x, [Block(*layers, 1, True, True)])[0]
+        small = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+        merging = torch.cat([square, square[:, :8]], 1)
+        level = Level((merging, square), (norms[8], norms[9]), nn.ReLU())
+        y = y + apply_levels(kernels, small, [skip], [level])
+    y = y + apply_repeated(kernels, coarse, skip, wide)
+    return y, apply_loss(kernels, y, _tried_target(), torch.ones(x.shape[1]), (1.0, 1.0))
+
+
+def _compute_by_pytorch(
+    kernels: ctypes.CDLL, leaves: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`_compute_by_kernels` returns, without the kernels."""
+    x, coarse, skip, weight, square, flat, wide = leaves
+    C, target = x.shape[1], _tried_target()
+    y = F.conv2d(F.relu6(norms[0](x)), weight, None, 1, 2, 1, C)
+    y = norms[2](x) + F.relu6(norms[1](y))
+    if kernels.useg_has_convolutions():
+        y = y + F.relu(norms[4](F.conv2d(F.relu(norms[3](x)), square, padding=1)))
+        hidden = F.relu6(norms[5](F.conv2d(x, flat)))
+        hidden = F.relu6(norms[6](F.conv2d(hidden, weight, None, 1, 2, 1, C)))
+        y = y + norms[7](F.conv2d(hidden, flat)) + x
+        small, merging = x[:, :, ::2, ::2], torch.cat([square, square[:, :8]], 1)
+        whole = torch.cat([F.interpolate(small, scale_factor=2.0), skip], 1)
+        hidden = F.relu(norms[8](F.conv2d(whole, merging, padding=1)))
+        y = y + F.relu(norms[9](F.conv2d(hidden, square, padding=1)))
+    whole = torch.cat([F.interpolate(coarse, scale_factor=2.0), skip], 1)
+    y = y + F.conv2d(whole, wide, padding=1)
+    p, truth = y.softmax(1), F.one_hot(target, C).permute(0, 3, 1, 2)
+    scores = 2 * (p * truth).sum((0, 2, 3)) / (p + truth).sum((0, 2, 3))
+    return y, F.cross_entropy(y, target) + 1 - scores.mean()
 
 
 def _usable_kernels(x: Tensor) -> ctypes.CDLL | None:
