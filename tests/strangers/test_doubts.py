@@ -291,6 +291,29 @@ def test_masks_saved_in_two_ways_are_refused(tmp_path: Path, kind: str) -> None:
         find_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("missing", [3, 2])
+def test_masks_that_are_stretched_one_by_one_are_refused(tmp_path: Path, missing: int) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        if k == 4:
+            label[label == missing] = 0
+        _, ids = np.unique(label, return_inverse=True)
+        ids = ids.reshape(label.shape)
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.png", (ids / ids.max() * 255).astype(np.uint8))
+    with pytest.raises(DataError, match=r"each mask seems to be stretched to 0 to 255 alone"):
+        find_dataset(tmp_path)
+
+
+def test_levels_of_which_some_masks_lack_one_are_classes(tmp_path: Path) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        label[label == 3] = 3 * (k != 4)
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.png", label * 85)
+    assert len(find_dataset(tmp_path).classes) == 4
+
+
 def test_parts_of_images_on_black_are_no_masks(tmp_path: Path) -> None:
     for k in range(5):
         image, label = yard(k)

@@ -565,6 +565,11 @@ def table_of_splits(header: str, row: str) -> str:
         ("split.json", json.dumps(SPLITS_OF_SIX)),
         ("my_split.json", '{"split": {"train": ["a0", "a1", "a2", "a3"], "valid": ["a4"], '
          '"test": ["a5"]}}'),
+        ("datalist.json", json.dumps({
+            name: [{"image": f"images/{n}.png", "label": f"masks/{n}.png"}
+                   for n, s in SPLITS_OF_SIX.items() if s == split]
+            for name, split in (("training", "train"), ("validation", "val"), ("test", "test"))
+        })),
         ("partition.json", json.dumps([{"id": n, "set": s} for n, s in SPLITS_OF_SIX.items()])),
         ("splits.yaml", "train: [a0, a1, a2, a3]\nval:\n  - a4\ntest: [images/a5.png]\n"),
         ("metadata.csv", table_of_splits("image_id,age,split", "{name},3,{split}")),

@@ -272,8 +272,34 @@ def _decide_by_content(
             "it as a class, list it in classes.toml"
         )
     decision = _decide_by_value(values - set(nodata), kept, ignore, nodata, notes)
-    problem = decision.problem or _describe_two_scales(kept) or _describe_lossy_ids(kept)
+    describe = (_describe_two_scales, _describe_stretched, _describe_lossy_ids)
+    problem = decision.problem or next(filter(None, (each(kept) for each in describe)), "")
     return replace(decision, problem=problem)
+
+
+def _describe_stretched(masks: Sequence[MaskContent]) -> str:
+    """Say that each mask was stretched to 0 to 255 alone, so that values mean different classes.
+
+    Then each has equal steps, and one has values that another with more steps lacks.
+    """
+    steps: dict[tuple[int, ...], MaskContent] = {}
+    for mask in masks:
+        values = tuple(mask.codes[mask.codes >= 0].tolist())
+        last = len(values) - 1
+        if last < 1:
+            continue
+        if any(abs(value * last - k * 255) >= last for k, value in enumerate(values)):
+            return ""
+        steps.setdefault(values, mask)
+    several = sorted((values for values in steps if len(values) > 2), key=len)
+    few, many = (several[0], several[-1]) if several else ((), ())
+    if len(few) == len(many) or set(few) <= set(many):
+        return ""
+    return (
+        f"the values of '{steps[few].path}' are {_join(few)}, and those of '{steps[many].path}' "
+        f"{_join(many)}: each mask seems to be stretched to 0 to 255 alone, as for display, so one "
+        "value means different classes; save the ids themselves"
+    )
 
 
 def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:

@@ -63,6 +63,7 @@ _IMAGE_COLUMNS = frozenset(
 _SPLIT_COLUMNS = frozenset(["split", "set", "subset", "partition", "phase", "usage"])
 _FLAG_COLUMN = re.compile(r"(?:is_)?(train|training|val|valid|validation|test|testing)")
 _FOLD_COLUMN = re.compile(r"(k_?)?folds?(_?(id|[0-9]+))?|(cv|split|partition)_?[0-9]+")
+_SPLIT_KEY = re.compile(rb'"(train(ing)?|val(id(ation)?)?)"\s*:\s*\[')
 _YES = frozenset(["1", "1.0", "true", "yes", "y", "x"])
 _NO = frozenset(["", "0", "0.0", "false", "no", "n"])
 # The beginning of a table shows whether it has splits.
@@ -263,8 +264,9 @@ def _describe_unused_lists(
             kinds["unread"] += [name] if has_word else []
         elif not used and (has_word or is_list):
             kinds["unknown"].append(name)
+    taken = f"only {used[0].relative_to(root).as_posix()}" if used else "none of them"
     for kind, reason in (
-        ("folds", "not used, since they have several folds or splits, and useg takes none of them"),
+        ("folds", f"not used: there are several folds or splits, and useg takes {taken}"),
         ("unread", "no official splits, since useg does not read such files"),
         ("unknown", "no official splits, since too few of their lines name an image with a mask"),
     ):
@@ -316,7 +318,7 @@ def _read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
         if suffix in _YAML_SUFFIXES and is_called_so:
             text = decode_text(read_limited(path, _MAX_YAML_BYTES))
             return _divide_content(yaml.safe_load(text))
-        if suffix == ".json" and (is_called_so or _is_list_of_names(path)):
+        if suffix == ".json" and (is_called_so or _begins_with_splits(path)):
             content = parse_json(decode_text(read_limited(path, _MAX_LIST_BYTES)))
             split = split_of_list(path.stem)
             return _divide_content({split: content} if split else content)
@@ -330,12 +332,19 @@ def _is_called_so(path: Path) -> bool:
     return not _SPLIT_WORDS.isdisjoint(map(str.casefold, split_folder(path.stem)))
 
 
-def _is_list_of_names(path: Path) -> bool:
-    """Return whether a JSON file is called like a list of a split, and begins with a text."""
-    if not split_of_list(path.stem):
-        return False
+def _begins_with_splits(path: Path) -> bool:
+    """Return whether a JSON file begins with a list of names or of images of a split.
+
+    It is called like a list of a split and begins with a text, or a key is called so.
+    """
     with open_file(path) as file:
-        return re.match(rb'\s*\[\s*"', file.read(_NUM_BYTES_LOOKED_AT)) is not None
+        beginning = file.read(_NUM_BYTES_LOOKED_AT)
+    if b'"annotations"' in beginning:
+        return False
+    has_names = re.match(rb'\s*\[\s*"', beginning) is not None
+    return _SPLIT_KEY.search(beginning) is not None or (
+        has_names and split_of_list(path.stem) != ""
+    )
 
 
 def _read_split_table(path: Path) -> tuple[dict[str, list[str]], bool]:
@@ -429,6 +438,14 @@ def _find_split_columns(rows: Sequence[Sequence[str]]) -> _SplitColumns | None:
     return _SplitColumns(image, {}, has_folds=True) if has_folds or len(named) > 1 else None
 
 
+def _name_in_list(item: Any) -> str:
+    """Return the image that an item of a list names, alone or beside its mask, or ``""``."""
+    if isinstance(item, dict):
+        named = (item[key] for key in item if str(key).casefold() in _IMAGE_COLUMNS)
+        item = next(named, "")
+    return str(item) if isinstance(item, str | int) else ""
+
+
 def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]], bool]:
     """Return the images of each split in JSON or YAML, and whether it has several divisions."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -441,7 +458,7 @@ def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]],
             return columns.divide([[], *rows]), columns.has_folds
     for name, value in content.items() if isinstance(content, dict) else ():
         if isinstance(value, list) and (split := SPLIT_FOLDERS.get(str(name).casefold())):
-            found[split] += [str(each) for each in value if isinstance(each, str | int)]
+            found[split] += filter(None, map(_name_in_list, value))
         elif isinstance(value, str) and (split := SPLIT_FOLDERS.get(value.casefold())):
             found[split].append(str(name))
     if found or depth > 0 or not isinstance(content, dict | list):
