@@ -363,21 +363,9 @@ def prepare_trainer(
         DataError: A file cannot be read, or every training pixel is ignored.
     """
     settings = plan.settings
-    # Report a typing mistake now, not after minutes of decoding.
-    make_loss(settings.train.loss)
     has_weights = settings.model.pretrained or start is not None
     pretrained = has_weights and settings.model.encoder in encoders.ENCODERS
-    if settings.train.freeze == "encoder" and not (pretrained or start):
-        raise SettingsError(
-            "train.freeze = encoder is set, but the encoder starts from random weights; start from "
-            "a model of your own, or leave train.freeze out"
-        )
-    assert settings.train.batch
-    if settings.train.batch % world_size():
-        raise SettingsError(
-            f"train.batch = {settings.train.batch} cannot be divided among {world_size()} "
-            f"processes; set it to a multiple of {world_size()}"
-        )
+    _check_settings(settings.train, has_encoder_weights=pretrained or start is not None)
     train, val = _decode(dataset, plan, progress)
     shares = class_shares(train)
     if not shares.any():
@@ -395,6 +383,7 @@ def prepare_trainer(
     batches = _make_batches(settings, train, model, device)
     weights = _class_weights(shares, device) if settings.train.class_weights == "sqrt" else None
     loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
+    # These batches show the loss of a model that predicts the same everywhere.
     targets = [batches.at(number)[1] for number in range(4)]
     chance_loss = np.mean(
         [chance_level_loss(loss, each & 0xFF, shares, weights) for each in targets]
@@ -417,6 +406,22 @@ def prepare_trainer(
         start=start,
         objects=plan.objects,
     )
+
+
+def _check_settings(train: TrainSettings, *, has_encoder_weights: bool) -> None:
+    """Refuse settings that do not fit together, before minutes of decoding."""
+    make_loss(train.loss)
+    if train.freeze == "encoder" and not has_encoder_weights:
+        raise SettingsError(
+            "train.freeze = encoder is set, but the encoder starts from random weights; start from "
+            "a model of your own, or leave train.freeze out"
+        )
+    assert train.batch
+    if train.batch % world_size():
+        raise SettingsError(
+            f"train.batch = {train.batch} cannot be divided among {world_size()} processes; "
+            f"set it to a multiple of {world_size()}"
+        )
 
 
 def _decode(
