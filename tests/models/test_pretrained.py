@@ -82,6 +82,30 @@ def test_anything_more_is_refused(name: str) -> None:
         load_pickled(io.BytesIO(HOSTILE[name]))
 
 
+def test_a_long_list_of_parts_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffer = io.BytesIO(GOOD)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for k in range(100):
+            archive.writestr(f"archive/{k:0100}", b"")
+    monkeypatch.setattr(pretrained, "MAX_LIST_BYTES", 10_000)
+    with pytest.raises(ValueError, match="the list of its parts is too long"):
+        load_pickled(buffer)
+    # The control: without the limit, all are listed.
+    monkeypatch.setattr(pretrained, "MAX_LIST_BYTES", 100_000)
+    assert load_pickled(buffer)["n"] == 1
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_long_pickle_is_refused(zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = saved({"a": [[] for _ in range(1000)]}, _use_new_zipfile_serialization=zipped)
+    assert len(load_pickled(io.BytesIO(content))["a"]) == 1000
+    monkeypatch.setattr(pretrained, "MAX_PICKLE_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"its data.pkl has 5,\d+ bytes|exhausted"):
+        load_pickled(io.BytesIO(content))
+
+
 def test_a_list_that_contains_itself_ends() -> None:
     content: list[Any] = [torch.ones(2)]
     content.append(content)

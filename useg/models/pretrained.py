@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from useg.parsing import read_limited, shorten
 
 # The weights of a ResNet-50 have 100 MB.
 MAX_WEIGHTS_BYTES = 1 << 30
-MAX_PICKLE_BYTES = 16 << 20
+# The largest checkpoint of useg has a pickle of 0.4 MB, and a shorter list of its parts. A pickle
+# takes a second and 80 MB of memory for each of its own.
+MAX_PICKLE_BYTES = MAX_LIST_BYTES = 1 << 20
 
 # Package, name of the file in it, and SHA-256 of the file.
 PACKAGED = {
@@ -238,8 +240,22 @@ def load_pickled(file: BinaryIO) -> Any:
     return content
 
 
+class _LimitedReads:
+    """A file of which only so much is read at a time as the list of a ZIP's parts may have."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(min(size, MAX_LIST_BYTES + 1) if size >= 0 else size)
+        if len(content) > MAX_LIST_BYTES:
+            raise ValueError("the list of its parts is too long")
+        return content
+
+
 def _check_archive(file: BinaryIO, num_bytes: int) -> None:
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(cast(BinaryIO, _LimitedReads(file))) as archive:
         parts = archive.infolist()
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise ValueError("a part is compressed")
