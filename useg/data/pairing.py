@@ -216,32 +216,27 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
     Raises:
         DataError: Two images have one mask, or several masks of an image cannot be joined.
     """
-    root = files.root
-    found: dict[Path, tuple[Path, ...]] = {}
-    for part in parts:
-        for one, other in part.link.partners.items():
-            more = part.further.get(one, ())
-            found[files.paths[one]] = tuple(files.paths[name] for name in (other, *more))
+    found = {
+        files.paths[image]: tuple(
+            files.paths[name] for name in (mask, *part.further.get(image, ()))
+        )
+        for part in parts
+        for image, mask in part.link.partners.items()
+    }
     used = {name for part in parts for name in part.others}
     images, masks, foreign = _sort_rest(
         [path for name, path in files.paths.items() if name not in used], parts, files
     )
-    rests = learn_rests({part for path in files.paths.values() for part in path.parts})
-    everything = [*found, *images]
-    splits = {path: find_official_split(path, root, rests) for path in everything}
-    if not any(splits.values()):
-        splits |= split_by_stems(everything)
-    labelled = {splits[path] for path in found}
-    images, notes = leave_for_prediction(images, splits, labelled)
+    splits = _find_splits([*found, *images], files)
+    images, left = leave_for_prediction(images, splits, {splits[path] for path in found})
     layout = _name_layout(*next(iter(found.items())))
     pairs, classes = join_masks(found, splits)
-    notes = (*(note for part in parts for note in part.notes), *notes)
-    if not any(part.notes for part in parts):
-        constant = describe_constant_shape(masks[0] for masks in found.values())
-        notes += (constant,) if constant else ()
+    chosen = tuple(note for part in parts for note in part.notes)
+    constant = "" if chosen else describe_constant_shape(masks[0] for masks in found.values())
+    notes = (*chosen, *left, *filter(None, (constant,)))
     if foreign:
         _refuse_other_masks(foreign, found, files)
-        notes += (_describe_foreign(foreign, root),)
+        notes += (_describe_foreign(foreign, files.root),)
     notes += _describe_mask_folders(found) or _describe_mask_words(found)
     return DetectedLayout(
         layout,
@@ -253,6 +248,13 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
         notes=notes,
         field_of_view=next((part.field_of_view for part in parts if part.field_of_view), ""),
     )
+
+
+def _find_splits(images: Sequence[Path], files: NamedFiles) -> dict[Path, str]:
+    """Return the split of each image that folders, or else names, show; ``""`` without one."""
+    rests = learn_rests({part for path in files.paths.values() for part in path.parts})
+    splits = {path: find_official_split(path, files.root, rests) for path in images}
+    return splits if any(splits.values()) else {**splits, **split_by_stems(images)}
 
 
 def _name_layout(image: Path, masks: Sequence[Path]) -> str:
