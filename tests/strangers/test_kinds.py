@@ -400,8 +400,9 @@ def test_polygons_by_image_in_json_lines_are_read(tmp_path: Path) -> None:
     assert np.array_equal(read_label(dataset.pairs[3], dataset), truth)
 
 
-def test_each_column_of_run_lengths_is_a_class(tmp_path: Path) -> None:
-    rows = ["image,rle_ant,bee_rle,EncodedPixels_cow"]
+@pytest.mark.parametrize("header", ["image,rle_ant,bee_rle,EncodedPixels_cow", "image,ant,bee,cow"])
+def test_each_column_of_run_lengths_is_a_class(tmp_path: Path, header: str) -> None:
+    rows = [header]
     for k in range(3):
         pixels, label = ellipses(k)
         save(tmp_path / f"a{k}.png", pixels)

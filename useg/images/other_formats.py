@@ -215,7 +215,10 @@ def npy_axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
         if shape[0] < shape[2]:
             return (shape[1], shape[2], shape[0]), True
         return (shape[0], shape[1], shape[2]), False
-    raise UnreadableError(f"it is an array of the shape {shape}, and not one image")
+    raise UnreadableError(
+        f"it is an array of the shape {shape}, and not one image (of several images, each needs "
+        "its own file)"
+    )
 
 
 def open_iso_media(form: str, content: bytes) -> PIL.Image.Image:

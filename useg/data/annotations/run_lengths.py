@@ -162,9 +162,16 @@ def _find_columns_of(content: bytes) -> _RunColumns | None:
 def _find_run_columns(rows: Sequence[list[str]]) -> _RunColumns | None:
     """Find the columns by the first rows of a table, of which the very first is the header."""
     header, *rows = rows or [[]]
-    named = [k for k, name in enumerate(header) if _RUNS_HEADER.search(name)]
-    cells = {k: [row[k] for row in rows if len(row) > k and row[k] not in _EMPTY] for k in named}
-    runs = [k for k in named if all(map(_RUNS.match, cells[k]))]
+    cells = {
+        k: [row[k] for row in rows if len(row) > k and row[k] not in _EMPTY]
+        for k in range(len(header))
+    }
+    are_runs = [k for k in cells if all(map(_RUNS.match, cells[k]))]
+    runs = [k for k in are_runs if _RUNS_HEADER.search(header[k])]
+    if not any(cells[k] for k in runs):
+        # Columns called like their classes; two numbers alone may be anything.
+        several = any(map(_FEW_RUNS.match, (cell for k in are_runs for cell in cells[k])))
+        runs = are_runs if several else []
     names = [(k, name) for k, name in enumerate(header) if k not in runs]
     image = next((k for k, name in names if _IMAGE_HEADER.fullmatch(name)), None)
     kind = next((k for k, name in names if k != image and _CLASS_HEADER.fullmatch(name)), None)
