@@ -269,6 +269,19 @@ def test_a_forged_openvino_file_is_refused(name: str, good: Path) -> None:
     assert str(caught.value).isprintable()
 
 
+def test_openvino_weights_of_very_many_axes_are_refused(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, weights = (good / "good.xml").read_bytes(), (good / "good.bin").read_bytes()
+    forged = re.sub(rb'( shape=")(?=\d)', rb"\g<1>" + b"1," * 20, content, count=1)
+    assert forged != content
+    with pytest.raises(ModelError, match="weights have more than 8 axes"):
+        graph_checks.check_openvino_files(forged, weights, "a.xml")
+    # The control: without the limit, their product is computed, which is right here.
+    monkeypatch.setattr(graph_checks, "MAX_AXES", 100)
+    graph_checks.check_openvino_files(forged, weights, "a.xml")
+
+
 def test_openvino_weights_that_are_not_finite_are_refused(good: Path) -> None:
     content, weights = (good / "good.xml").read_bytes(), (good / "good.bin").read_bytes()
     nan = np.full(len(weights) // 4, np.nan, np.float32).tobytes()

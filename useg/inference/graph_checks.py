@@ -85,6 +85,8 @@ OPENVINO_OPERATIONS = {
 OPENVINO_NUMBER_BYTES = {"f32": 4, "f16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1}
 # The largest network of useg has 900 operations.
 MAX_OPERATIONS = 5000
+# Weights of a convolution have 4, and 5 if it has groups.
+MAX_AXES = 8
 # The .xml has no weights.
 MAX_XML_BYTES = 8 << 20
 # A message of protobuf, which an ONNX file is, cannot be larger.
@@ -326,6 +328,9 @@ def _check_openvino_layer(layer: Any, weights: bytes, source: object) -> None:
     if kind != "Const":
         return
     values = layer.find("data").attrib if layer.find("data") is not None else {}
+    # The product of millions of sides takes hours.
+    if values["shape"].count(",") >= MAX_AXES:
+        raise unusable(source, f"its weights have more than {MAX_AXES} axes")
     shape = [int(side) for side in values["shape"].split(",") if side.strip()]
     offset, size = int(values["offset"]), int(values["size"])
     width = OPENVINO_NUMBER_BYTES[values["element_type"]]

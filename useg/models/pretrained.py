@@ -27,7 +27,7 @@ from useg.parsing import read_limited, shorten
 
 # The weights of a ResNet-50 have 100 MB.
 MAX_WEIGHTS_BYTES = 1 << 30
-# The largest checkpoint of useg has a pickle of 0.4 MB, and a shorter list of its parts. A pickle
+# The largest checkpoint of useg has a pickle of 0.2 MB, and a shorter list of its parts. A pickle
 # takes a second and 80 MB of memory for each of its own.
 MAX_PICKLE_BYTES = MAX_LIST_BYTES = 1 << 20
 
