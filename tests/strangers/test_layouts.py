@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -222,19 +223,44 @@ def test_masks_that_fit_the_edges_of_every_image_less_are_left_out_aloud(tmp_pat
     )
 
 
-def test_a_mask_per_class_is_not_left_out_for_its_weaker_edges(tmp_path: Path) -> None:
+def write_class_masks(root: Path, names: Sequence[str], overlap: int = 0) -> None:
+    """Write a folder of masks per name: of a bright thing, and of one with weaker edges."""
     for k in range(8):
         rng = np.random.default_rng(k)
-        car, road = np.zeros((2, HEIGHT, WIDTH), bool)
-        car[4:12, 4 + k : 16 + k] = True
-        road[18:28, 6 + k : 40 - k] = True
+        first, second = np.zeros((2, HEIGHT, WIDTH), bool)
+        first[4:12, 4 + k : 16 + k] = True
+        second[18 - overlap : 28, 6 + k : 40 - k] = True
         noise = rng.normal(0, 4, (HEIGHT, WIDTH))
-        save(tmp_path / "images" / f"{k}.png", np.uint8(80 + 120 * car + 9 * road + noise))
-        for name, mask in (("car", car), ("road", road)):
-            save(tmp_path / "masks" / name / f"{k}.png", (255 * mask).astype(np.uint8))
-    with pytest.raises(DataError) as raised:
+        save(root / "images" / f"{k}.png", np.uint8(80 + 120 * first + 9 * second + noise))
+        for name, mask in zip(names, (first, second), strict=True):
+            save(root / "masks" / name / f"{k}.png", (255 * mask).astype(np.uint8))
+
+
+def test_folders_of_masks_that_hardly_overlap_are_classes_by_their_names(tmp_path: Path) -> None:
+    write_class_masks(tmp_path, ("car", "road"))
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "car", "road")
+    assert any("became one class each" in note for note in dataset.notes)
+    label = read_label(dataset.pairs[0], dataset)
+    assert (label[5, 6], label[20, 10], label[0, 0]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "overlap"),
+    [
+        (("car", "road"), 12),
+        (("expert1", "expert2"), 0),
+        (("cell", "fov"), 0),
+        (("cell", "ignore"), 0),
+        (("1", "2"), 0),
+    ],
+)
+def test_folders_of_masks_that_may_be_no_classes_are_asked_about(
+    tmp_path: Path, names: tuple[str, str], overlap: int
+) -> None:
+    write_class_masks(tmp_path, names, overlap)
+    with pytest.raises(DataError, match="2 sets of masks for the same images"):
         find_dataset(tmp_path)
-    assert '[masks]\n"car" = "masks/car/*.png"\n"road" = "masks/road/*.png"' in str(raised.value)
 
 
 def test_two_annotators_are_asked_about_with_settings_that_work(tmp_path: Path) -> None:
@@ -492,19 +518,17 @@ def test_a_series_of_other_pictures_beside_the_images_is_named_and_left_aside(
     assert "the masks would also fit Data/*.png" in dataset.notes[0]
 
 
-def test_masks_with_padded_numbers_are_offered_as_classes_with_settings_that_work(
-    tmp_path: Path,
-) -> None:
+def test_masks_with_padded_numbers_are_classes_by_their_names(tmp_path: Path) -> None:
     for k in range(1, 6):
         pixels, label = yard(k)
         save(tmp_path / "img" / f"{k}.jpg", pixels)
         for value, name in ((1, "hair"), (2, "skin")):
             save(tmp_path / "anno" / "0" / f"{k:05}_{name}.png", (label == value) * np.uint8(255))
-    with pytest.raises(DataError, match="2 sets of masks for the same images") as caught:
-        find_dataset(tmp_path)
-    joined, *others = follow(caught.value, tmp_path)
-    assert joined.classes.names == ("background", "hair", "skin")
-    assert len(others) == 2
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "hair", "skin")
+    for k, pair in enumerate(dataset.pairs, 1):
+        label = yard(k)[1]
+        assert (read_label(pair, dataset) == np.where(label > 2, 0, label)).all()
 
 
 def test_a_folder_of_many_images_masks_does_not_belong_to_the_image_of_its_name(

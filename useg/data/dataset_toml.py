@@ -35,10 +35,16 @@ from typing import Any
 from useg.classes import ClassTable
 from useg.data.annotations.pairing import pair_annotated, pair_yolo
 from useg.data.dataset import ClassMasks, DetectedLayout, Pair
-from useg.data.names import common_glob
+from useg.data.names import MASK_WORDS, common_glob
 from useg.data.official_splits import find_official_split, learn_rests, leave_for_prediction
 from useg.data.pairing import match_lists
-from useg.data.truth import Candidate, OpenChoiceError, are_class_masks, name_differences
+from useg.data.truth import (
+    OTHER_WORDS,
+    Candidate,
+    OpenChoiceError,
+    are_class_masks,
+    name_differences,
+)
 from useg.errors import DataError, suggest
 from useg.folders import natural_key
 from useg.images.files import list_image_files
@@ -65,6 +71,22 @@ MAX_GLOB_FOLDERS = 100_000
 
 # Settings that a message proposes.
 _MAX_OPTIONS = 5
+
+# Sets of masks with these words in their names may be other things than classes.
+_NO_CLASS_WORDS = (
+    MASK_WORDS
+    | OTHER_WORDS
+    | frozenset(
+        [
+            *("annotator", "expert", "rater", "reader", "observer", "grader", "student", "human"),
+            *("auto", "automatic", "machine", "model", "first", "second", "third", "new", "final"),
+            *("raw", "orig", "original", "fixed", "corrected", "checked", "reviewed", "draft"),
+            *("ignore", "ignored", "uncertain", "unsure", "invalid", "valid", "roi", "fov"),
+            *("train", "training", "val", "validation", "test", "part", "version", "batch"),
+            *("low", "high", "small", "large", "half", "full", "coarse", "fine", "image", "images"),
+        ]
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -437,29 +459,57 @@ def _try_settings(candidate: Candidate, folder: Path, file: Path, files: Sequenc
     return f"images = {quote_toml(images)}\nmasks = {quote_toml(masks)}"
 
 
+def join_class_masks(error: OpenChoiceError, folder: Path) -> DetectedLayout | None:
+    """Join the sets of masks of an open choice if they certainly have one class each.
+
+    All images have a mask in each set, the masks hardly overlap, and the names of the sets differ
+    by words that do not describe masks: ``masks/road`` and ``masks/tree``.
+    """
+    sets, file = error.left, folder / "dataset.toml"
+    if any(each not in error.candidates or {*each.masks} != {*sets[0].masks} for each in sets):
+        return None
+    joined = _find_class_masks(sets, folder, file, list_image_files(folder))
+    if joined is None:
+        return None
+    settings, found = joined
+    words = {frozenset(re.findall("[a-z]{3,}", name.casefold())) for name, _ in settings}
+    if len(words) < len(settings) or any(not each or each & _NO_CLASS_WORDS for each in words):
+        return None
+    globs = " and ".join(glob for _, glob in settings)
+    note = (
+        f"{globs} became one class each, because their masks hardly overlap; otherwise write the "
+        f"globs of the images and of the right masks into {file}"
+    )
+    return replace(found, layout="masks by class", notes=(*found.notes, note))
+
+
+def _find_class_masks(
+    candidates: Sequence[Candidate], folder: Path, file: Path, files: Sequence[Path]
+) -> tuple[tuple[tuple[str, str], ...], DetectedLayout] | None:
+    """Return the class and glob of each candidate, and the pairs, if they have one class each."""
+    if not are_class_masks(candidates):
+        return None
+    labelled = list(dict.fromkeys(image for each in candidates for image in each.masks))
+    globs = [common_glob(list(each.masks.values()), folder, files) for each in candidates]
+    class_masks = tuple(zip(name_differences(globs), globs, strict=True))
+    settings = GlobSettings(common_glob(labelled, folder, files), class_masks=class_masks)
+    try:
+        found = pair_by_globs(folder, file, settings)
+    except DataError:
+        return None
+    return (class_masks, found) if len(found.pairs) == len(labelled) else None
+
+
 def _try_class_masks(
     candidates: Sequence[Candidate], folder: Path, file: Path, files: Sequence[Path]
 ) -> str:
     """Return lines that join one mask per class, if the candidates look like that; or ``""``."""
-    if not are_class_masks(candidates):
+    joined = _find_class_masks(candidates, folder, file, files)
+    if joined is None:
         return ""
-    labelled = list(dict.fromkeys(image for each in candidates for image in each.masks))
-    images = common_glob(labelled, folder, files)
-    globs = [common_glob(list(each.masks.values()), folder, files) for each in candidates]
-    names = name_differences(globs)
-    try:
-        found = pair_by_globs(
-            folder,
-            file,
-            GlobSettings(images, class_masks=tuple(zip(names, globs, strict=True))),
-        )
-    except DataError:
-        return ""
-    if len(found.pairs) != len(labelled):
-        return ""
-    lines = [
-        f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in zip(names, globs, strict=True)
-    ]
+    class_masks, found = joined
+    images = common_glob([pair.image for pair in found.pairs], folder, files)
+    lines = [f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in class_masks]
     return "\n".join((f"images = {quote_toml(images)}", "[masks]", *lines))
 
 

@@ -35,6 +35,7 @@ from useg.data.dataset_toml import (
     GlobSettings,
     describe_choice,
     glob_files,
+    join_class_masks,
     pair_by_globs,
     quote_toml,
     read_dataset_toml,
@@ -211,6 +212,7 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
             candidates = (*error.left, *error.candidates)
             masks = [mask for each in candidates for mask in each.masks.values()]
             found = find_described(folder, masks) if are_described(masks) else None
+            found = found or join_class_masks(error, folder)
             if found is None:
                 raise DataError(describe_choice(error, folder)) from error
         if found is not None:

@@ -408,7 +408,8 @@ def read_json_lines(path: Path) -> list[Any]:
         return [json.loads(line) for line in read_bytes(path, b"[{").splitlines() if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"'{path}' is no JSON in each line ({error}); save or copy it again, or remove it"
+            f"'{path}' does not have a JSON value in each line ({error}); save or copy it again, "
+            "or remove it"
         ) from error
 
 
