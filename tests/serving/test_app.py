@@ -465,6 +465,7 @@ def test_without_the_token_only_page_docs_and_health_are_served() -> None:
             assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert site.ask(path, Authorization="Bearer wrong").status == 401
             assert site.ask(path, Authorization="Bearer secret").status == 200
+        assert site.ask("/model", Authorization="bearer secret").status == 200
         assert site.ask("/predict", encoded(IMAGE)).json == {
             "error": "this service requires a token; send the header 'Authorization: Bearer TOKEN'"
         }

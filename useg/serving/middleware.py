@@ -228,8 +228,9 @@ class Access:
     def _is_authorized(self, headers: Headers, scope: Scope) -> bool:
         if not self.token:
             return True
-        authorization = headers.get("authorization", "")
-        given = [authorization[7:]] if authorization.startswith("Bearer ") else []
+        # The name of the scheme may have small letters (RFC 9110, section 11.1).
+        scheme, _, credentials = headers.get("authorization", "").partition(" ")
+        given = [credentials] if scheme.lower() == "bearer" else []
         if self.cookie:
             request = Request(scope)
             given += [request.cookies.get(self.cookie, ""), *request.query_params.getlist("token")]
