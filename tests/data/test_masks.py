@@ -1,5 +1,6 @@
 """The values of masks become classes, and published data sets get their own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from made_data import write_folders, write_image, write_mask, write_pixels
 
 from useg.classes import CAMVID, CITYSCAPES, IGNORE, ClassTable
+from useg.data import masks
 from useg.data.dataset import Dataset, read_label
 from useg.data.layouts import find_dataset
+from useg.data.mask_content import MaskContent, color_code, count_codes
 from useg.data.schemes import CAMVID_COLORS, CITYSCAPES_TRAIN_IDS, OXFORD_PETS
 from useg.errors import DataError
 from useg.images.files import read_mask, write_label
@@ -288,3 +291,15 @@ def test_oxford_pets_have_their_classes_and_splits(tmp_path):
     (tmp_path / "annotations" / "test.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"test.txt' cannot be read"):
         find_dataset(tmp_path)
+
+
+def test_a_mask_all_of_whose_colours_were_smeared_has_neither_ids_nor_colours():
+    colors = np.full((20, 20), color_code((0, 0, 200)))
+    colors[5:15, 5:15] = color_code((255, 0, 0))
+    colored = count_codes(Path("a.png"), colors)
+    nothing = np.zeros(0, np.int64)
+    dropped = MaskContent(Path("b.png"), nothing, nothing, nothing, nothing, np.zeros(2, np.int64))
+    contents = [colored, dropped, replace(dropped, band=0)]
+    assert masks._store_colors(contents)
+    assert masks._describe_ids_and_colors(contents) == ""
+    assert not dropped.has_colors

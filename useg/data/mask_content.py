@@ -65,7 +65,7 @@ class MaskContent:
 
     Args:
         path: The mask file.
-        codes: The codes that occur, sorted.
+        codes: The codes that occur, sorted; none if all were dropped.
         counts: Pixels of each code.
         interior_counts: Those of them in horizontal runs of at least four.
         ramp_counts: Those of them on a short slope from a lower to a higher value.
@@ -84,9 +84,14 @@ class MaskContent:
     band: int | None = None
 
     @property
+    def highest(self) -> int:
+        """The highest code; 0 if there is none."""
+        return int(self.codes[-1]) if len(self.codes) else 0
+
+    @property
     def has_colors(self) -> bool:
         """Whether it stores colours."""
-        return bool(len(self.codes)) and int(self.codes[-1]) >= COLOR_FLAG
+        return self.highest >= COLOR_FLAG
 
     def as_color(self, code: int) -> int:
         """Return a code as a colour: of the palette, of its band, or grey."""

@@ -415,7 +415,7 @@ def has_ignored_255(values: Iterable[int]) -> bool:
 
 def _store_colors(masks: Sequence[MaskContent]) -> bool:
     """Whether masks store colours: real ones, palettes that disagree, or different single bands."""
-    bands = {mask.band for mask in masks if mask.band is not None and mask.codes[-1] > 0}
+    bands = {mask.band for mask in masks if mask.band is not None and mask.highest > 0}
     return any(mask.has_colors for mask in masks) or len(bands) > 1 or _join_palettes(masks) is None
 
 
@@ -564,7 +564,7 @@ def _describe_two_scales(masks: Sequence[MaskContent]) -> str:
         return ""
     if min(high) < MIN_GREY_LEVEL or np.ptp(np.diff([0, *levels])) > 1:
         return ""
-    other = next(mask for mask in groups[1] if mask.codes[-1] > 0)
+    other = next(mask for mask in groups[1] if mask.highest > 0)
     return _describe_two_ways(groups[0][0], other, "ids", "grey levels")
 
 
@@ -581,7 +581,7 @@ def _describe_lossy_ids(masks: Sequence[MaskContent]) -> str:
 
 
 def _has_low_ids(mask: MaskContent) -> bool:
-    return 0 < int(mask.codes[-1]) < MIN_GREY_LEVEL
+    return 0 < mask.highest < MIN_GREY_LEVEL
 
 
 def _describe_two_ways(one: MaskContent, other: MaskContent, how: str, else_how: str) -> str:
