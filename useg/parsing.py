@@ -79,6 +79,15 @@ def decode_text(content: bytes, errors: str = "surrogateescape") -> str:
     return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
 
 
+def find_separator(line: str) -> str:
+    """Return what separates the cells in a line of a table, or ``""``.
+
+    >>> find_separator("image;split")
+    ';'
+    """
+    return next((each for each in "\t;,|" if each in line), "")
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON.
 

@@ -472,10 +472,11 @@ def join_class_masks(error: OpenChoiceError, folder: Path) -> DetectedLayout | N
     if joined is None:
         return None
     settings, found = joined
-    words = {frozenset(re.findall("[a-z]{3,}", name.casefold())) for name, _ in settings}
-    if len(words) < len(settings) or any(not each or each & _NO_CLASS_WORDS for each in words):
+    classes = settings.class_masks
+    words = {frozenset(re.findall("[a-z]{3,}", name.casefold())) for name, _ in classes}
+    if len(words) < len(classes) or any(not each or each & _NO_CLASS_WORDS for each in words):
         return None
-    globs = " and ".join(glob for _, glob in settings)
+    globs = " and ".join(glob for _, glob in classes)
     note = (
         f"{globs} became one class each, because their masks hardly overlap; otherwise write the "
         f"globs of the images and of the right masks into {file}"
@@ -485,19 +486,21 @@ def join_class_masks(error: OpenChoiceError, folder: Path) -> DetectedLayout | N
 
 def _find_class_masks(
     candidates: Sequence[Candidate], folder: Path, file: Path, files: Sequence[Path]
-) -> tuple[tuple[tuple[str, str], ...], DetectedLayout] | None:
-    """Return the class and glob of each candidate, and the pairs, if they have one class each."""
+) -> tuple[GlobSettings, DetectedLayout] | None:
+    """Return the settings and the pairs of candidates that have one class each; None for others."""
     if not are_class_masks(candidates):
         return None
     labelled = list(dict.fromkeys(image for each in candidates for image in each.masks))
     globs = [common_glob(list(each.masks.values()), folder, files) for each in candidates]
-    class_masks = tuple(zip(name_differences(globs), globs, strict=True))
-    settings = GlobSettings(common_glob(labelled, folder, files), class_masks=class_masks)
+    settings = GlobSettings(
+        common_glob(labelled, folder, files),
+        class_masks=tuple(zip(name_differences(globs), globs, strict=True)),
+    )
     try:
         found = pair_by_globs(folder, file, settings)
     except DataError:
         return None
-    return (class_masks, found) if len(found.pairs) == len(labelled) else None
+    return (settings, found) if len(found.pairs) == len(labelled) else None
 
 
 def _try_class_masks(
@@ -507,10 +510,9 @@ def _try_class_masks(
     joined = _find_class_masks(candidates, folder, file, files)
     if joined is None:
         return ""
-    class_masks, found = joined
-    images = common_glob([pair.image for pair in found.pairs], folder, files)
-    lines = [f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in class_masks]
-    return "\n".join((f"images = {quote_toml(images)}", "[masks]", *lines))
+    settings, _ = joined
+    lines = [f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in settings.class_masks]
+    return "\n".join((f"images = {quote_toml(settings.images)}", "[masks]", *lines))
 
 
 def quote_toml(text: str) -> str:

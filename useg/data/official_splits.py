@@ -12,6 +12,7 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,14 @@ from useg.errors import DataError, format_count
 from useg.files import replacing
 from useg.images.formats import ALL_PAGES
 from useg.ownership import is_own_split
-from useg.parsing import decode_text, open_file, parse_json, read_limited, to_cell
+from useg.parsing import (
+    decode_text,
+    find_separator,
+    open_file,
+    parse_json,
+    read_limited,
+    to_cell,
+)
 
 # What may stand beside a split in a folder's name, apart from numbers: stage1_train, train_data.
 _NEUTRAL_WORDS = frozenset(
@@ -312,7 +320,7 @@ def _folders_of(pairs: Sequence[Pair], root: Path) -> dict[str, tuple[Pair, ...]
 def _read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
     """Return the images of each split that a file lists, and whether it has several divisions."""
     suffix, is_called_so = path.suffix.lower(), _is_called_so(path)
-    try:
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError, csv.Error):
         if suffix in (".csv", ".tsv", ".txt"):
             return _read_split_table(path)
         if suffix in _YAML_SUFFIXES and is_called_so:
@@ -322,8 +330,6 @@ def _read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
             content = parse_json(decode_text(read_limited(path, _MAX_LIST_BYTES)))
             split = split_of_list(path.stem)
             return _divide_content({split: content} if split else content)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, csv.Error):
-        pass
     return {}, False
 
 
@@ -362,7 +368,7 @@ def split_rows(lines: Iterable[str]) -> Iterator[list[str]]:
     """Yield the rows of a table, whose first line shows what separates its cells."""
     filled = (line for line in lines if line.strip())
     first = next(filled, "")
-    delimiter = next((each for each in "\t;,|" if each in first), "")
+    delimiter = find_separator(first)
     rows = itertools.chain((first,), filled)
     if delimiter:
         yield from csv.reader(rows, delimiter=delimiter)

@@ -35,7 +35,7 @@ from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
 from useg.folders import natural_key
 from useg.images.files import read_image
-from useg.parsing import decode_text, open_file
+from useg.parsing import decode_text, find_separator, open_file
 
 _RUNS = re.compile(r"[0-9]+ [0-9]+( [0-9]+ [0-9]+)*")
 _FEW_RUNS = re.compile(r"[0-9]+ [0-9]+ [0-9]+ [0-9]+ [0-9]+ [0-9]+")
@@ -141,7 +141,7 @@ def _split_table(text: str) -> Iterator[list[str]]:
     """Yield the rows of a table, whose cells may be longer than those of :mod:`csv`."""
     separator = ""
     for line in io.StringIO(text, newline=None):
-        separator = separator or next((each for each in "\t;,|" if each in line), "")
+        separator = separator or find_separator(line)
         if not separator or line.count(separator) >= _MAX_COLUMNS:
             continue
         try:
