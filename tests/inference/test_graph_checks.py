@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -280,6 +281,43 @@ def test_openvino_weights_of_very_many_axes_are_refused(
     # The control: without the limit, their product is computed, which is right here.
     monkeypatch.setattr(graph_checks, "MAX_AXES", 100)
     graph_checks.check_openvino_files(forged, weights, "a.xml")
+
+
+def test_openvino_files_of_very_many_elements_are_refused(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, weights = (good / "good.xml").read_bytes(), (good / "good.bin").read_bytes()
+    names = b"".join(b"<n%d/>" % k for k in range(graph_checks.MAX_XML_MARKS))
+    path = seal_openvino(
+        good / "forged.xml", content.replace(b"</net>", names + b"</net>"), weights
+    )
+    with pytest.raises(ModelError, match="more elements and attributes than any export of useg"):
+        runtimes.read_model(path)
+    # The control: without the limit, it is read.
+    monkeypatch.setattr(graph_checks, "MAX_XML_MARKS", 10 * graph_checks.MAX_XML_MARKS)
+    assert runtimes.read_model(path).openvino_graph is not None
+
+
+def test_memory_of_a_graph_is_that_of_the_results_still_needed() -> None:
+    def memory(*steps: tuple[str, str, int]) -> int:
+        made = [graph_checks.Step(tuple(i.split()), {o: size}) for i, o, size in steps]
+        return graph_checks._check_memory(made, "pixels", 10, "a.onnx")
+
+    chain = [("pixels", "a", 5), ("a", "b", 7), ("b", "c", 3)]
+    assert memory(*chain) == 12
+    # "a" stays until the end; "u" is never needed; "k" does not depend on the image.
+    assert memory(*chain, ("one", "k", 9), ("k a c", "d", 4)) == 15
+    assert memory(("pixels", "u", 50), *chain) == 50
+
+
+def test_memory_of_a_graph_of_many_branches_is_counted_soon() -> None:
+    half = graph_checks.MAX_OPERATIONS // 2
+    branches = [graph_checks.Step(("pixels",), {f"b{k}": 1}) for k in range(half)]
+    joins = [graph_checks.Step((f"b{k}",), {f"j{k}": 1}) for k in range(half)]
+    started = time.process_time()
+    assert graph_checks._check_memory(branches + joins, "pixels", 10, "a.onnx") == half + 1
+    # Counting what is still needed anew at each step took three seconds.
+    assert time.process_time() - started < 0.5
 
 
 def test_openvino_weights_that_are_not_finite_are_refused(good: Path) -> None:

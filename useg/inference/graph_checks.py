@@ -87,8 +87,10 @@ OPENVINO_NUMBER_BYTES = {"f32": 4, "f16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 
 MAX_OPERATIONS = 5000
 # Weights of a convolution have 4, and 5 if it has groups.
 MAX_AXES = 8
-# The .xml has no weights.
-MAX_XML_BYTES = 8 << 20
+# The .xml has no weights. The largest network of useg, quantised, has 480 kB and 35,000 of the
+# characters < and =, of which each element and attribute has one or two. Each takes 100 times its
+# length in memory.
+MAX_XML_BYTES, MAX_XML_MARKS = 2 << 20, 70_000
 # A message of protobuf, which an ONNX file is, cannot be larger.
 MAX_ONNX_BYTES = (1 << 31) - 1
 # Fields of an ONNX file. An empty one has 2 bytes and takes up to 350 in memory. A number in a list
@@ -304,6 +306,8 @@ def check_openvino_files(content: bytes, weights: bytes, source: object) -> None
     """
     if len(content) > MAX_XML_BYTES:
         raise unusable(source, f"it has {len(content):,} bytes without weights")
+    if content.count(b"<") + content.count(b"=") > MAX_XML_MARKS:
+        raise unusable(source, "it has more elements and attributes than any export of useg")
     if b"<!" in content or b"\0" in content:
         raise unusable(source, "it declares a document type, which could define entities")
     layers = 0
@@ -408,16 +412,18 @@ def _check_memory(steps: Sequence[Step], image: str, num_bytes: int, source: obj
     """
     last_use = {name: k for k, step in enumerate(steps) for name in step.inputs}
     from_image = {image}
-    live: dict[str, int] = {}
-    peak = constant = 0
+    freed_after = [0] * len(steps)
+    live = peak = constant = 0
     for k, step in enumerate(steps):
         if from_image.isdisjoint(step.inputs):
             constant += sum(step.outputs.values())
             continue
         from_image |= step.outputs.keys()
-        live |= step.outputs
-        peak = max(peak, sum(live.values()))
-        live = {name: size for name, size in live.items() if last_use.get(name, k) > k}
+        for name, size in step.outputs.items():
+            live += size
+            freed_after[max(k, last_use.get(name, k))] += size
+        peak = max(peak, live)
+        live -= freed_after[k]
     if constant > MAX_CONSTANT_FACTOR * num_bytes + MIN_CONSTANT_BYTES:
         raise unusable(source, f"its constants take {constant:,} bytes")
     return peak
