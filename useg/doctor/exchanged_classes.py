@@ -1,18 +1,19 @@
 """Find masks whose classes are exchanged: foreground and background, red and blue, or others.
 
 Such a mask has no unknown value. It differs from the other masks in where its classes are and how
-bright they are.
+bright they are. So do masks whose classes were numbered anew, each for itself.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import ClassTable, Label
+from useg.classes import IGNORE, ClassTable, Label
 from useg.doctor.looks import find_negative_images
 from useg.doctor.measure import (
     THUMBNAIL_SHAPE,
@@ -21,7 +22,7 @@ from useg.doctor.measure import (
     Measurement,
     Repair,
 )
-from useg.errors import join_names
+from useg.errors import format_count, join_names
 
 # What masks differ in at least: share of foreground, of that at the border, and brightness.
 _MIN_DEVIATIONS = (0.08, 0.12, 0.35)
@@ -45,8 +46,17 @@ _MIN_GAIN, _MIN_MEAN_GAIN = 100, 0.5
 _MIN_CELLS = 16
 # Exchanged masks are those of a folder or split if so few, of those with the classes, differ.
 _MAX_OTHERS_IN_GROUP = 0.1
+# Then so many of those with enough cells of both classes must gain in both; otherwise all.
+_MIN_CLEAR_IN_GROUP, _MIN_JUDGED_IN_GROUP = 0.65, 3
 # Pairs are made of so many classes, which are in that share of the masks.
 _MAX_COMPARED_CLASSES, _MIN_SHARE_OF_MASKS = 8, 0.25
+
+# Masks may be numbered anew if so many lack classes; more if there are three classes, since some
+# images may well lack the last one. It is likely if so many, and that share of them, fit better
+# with other classes, compared with so many masks of all classes.
+RENUMBERED_KIND = "classes numbered anew in each mask"
+_MIN_MASKS_WITH_FEWER, _MIN_OF_THREE_CLASSES, _MAX_RENUMBERED_CLASSES = 4, 8, 10
+_MIN_SHARE_RENUMBERED, _MIN_COMPLETE_MASKS, _MIN_GAIN_OF_RENUMBERED = 0.4, 3, 20
 
 
 def check_inverted_masks(data: MeasuredDataset) -> Iterator[Finding]:
@@ -231,15 +241,10 @@ def _find_exchanged(
     Returns:
         What each of these masks gains in log-likelihood.
     """
-    is_exchanged = np.zeros(len(counts), bool)
-    for _ in range(2 * _MAX_ROUNDS):
-        gains, cells = _gain_by_order(counts, order, is_exchanged)
-        change = gains.sum(1) > 0
-        if not change.any():
-            break
-        is_exchanged ^= change
-    if 2 * is_exchanged.sum() > len(counts):
-        is_exchanged = ~is_exchanged
+    # Where a whole folder or split differs, no single mask may gain before all of it is exchanged.
+    starts = (np.zeros(len(counts), bool), *groups)
+    states = [_settle(counts, order, start) for start in starts]
+    is_exchanged = max(states, key=lambda state: -_gain_by_order(counts, order, state)[0].sum())
     gains, cells = _gain_by_order(counts, order, is_exchanged)
     has_classes = cells.any(1)
     is_group = any(
@@ -252,12 +257,29 @@ def _find_exchanged(
     total, mean = -gains.sum(1), -gains / np.maximum(cells, 1)
     overall = total / np.maximum(cells.sum(1), 1)
     is_seen = cells.sum(1) >= _MIN_CELLS
-    is_clear = ((cells >= _MIN_CELLS) & (mean >= _MIN_MEAN_GAIN)).sum(1) >= 2
-    is_sure = (total >= _MIN_GAIN) & (overall >= _MIN_MEAN_GAIN) & (is_clear | by_color)
+    is_sure = (total >= _MIN_GAIN) & (overall >= _MIN_MEAN_GAIN)
+    num_clear = ((cells >= _MIN_CELLS) & (mean >= _MIN_MEAN_GAIN)).sum(1)
+    is_clear = ((num_clear >= 2) | by_color)[is_exchanged]
+    is_judged = ((cells >= _MIN_CELLS).sum(1) >= 2)[is_exchanged]
+    are_clear = bool(is_clear.all())
+    if is_group and is_judged.sum() >= _MIN_JUDGED_IN_GROUP:
+        are_clear |= bool(is_clear[is_judged].mean() >= _MIN_CLEAR_IN_GROUP)
     fits = np.quantile(overall[is_seen], 0.1) >= _MIN_MEAN_GAIN if is_seen.any() else False
-    if not fits or not is_sure[is_exchanged].all():
+    if not (fits and are_clear and is_sure[is_exchanged].all()):
         return {}
     return {int(k): float(total[k]) for k in np.flatnonzero(is_exchanged)}
+
+
+def _settle(
+    counts: NDArray[np.float64], order: tuple[int, ...], is_exchanged: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Exchange masks as long as they gain by it; return the exchanged ones, or all the others."""
+    for _ in range(2 * _MAX_ROUNDS):
+        change = _gain_by_order(counts, order, is_exchanged)[0].sum(1) > 0
+        if not change.any():
+            break
+        is_exchanged = is_exchanged ^ change
+    return ~is_exchanged if 2 * is_exchanged.sum() > len(counts) else is_exchanged
 
 
 def _gain_by_order(
@@ -277,6 +299,91 @@ def _gain_by_order(
     log_share = np.log(share / share.sum(2, keepdims=True))
     gain = np.clip(log_share[:, partners] - log_share, -_MAX_CELL_GAIN, _MAX_CELL_GAIN)
     return (gain * own).sum(2), own.sum(2)
+
+
+def check_renumbered_masks(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find masks whose values were counted anew in each: 0 to k - 1, or stretched to 0 to 255.
+
+    Then every mask has the first values, or the first and the last one, however many it has; and
+    one that lacks a class fits the others better if its values are other classes.
+    """
+    table, masks = data.dataset.classes, data.complete
+    num_classes = len(table)
+    is_usual = 3 <= num_classes <= _MAX_RENUMBERED_CLASSES and not table.by_color
+    if not is_usual or len(masks) < _MIN_MASKS:
+        return
+    has_class = np.array([data.counts[each.pair][:num_classes] > 0 for each in masks])
+    number = has_class.sum(1)
+    has_fewer = (number > 1) & (number < num_classes)
+    if not has_fewer.sum() >= _MIN_MASKS_WITH_FEWER:
+        return
+    are_first = table.values == tuple(range(num_classes)) and bool(
+        (has_class == (np.arange(num_classes) < number[:, None])).all()
+    )
+    are_ends = (table.values[0], table.values[-1]) == (0, IGNORE) and bool(
+        has_class[number > 1][:, [0, -1]].all()
+    )
+    if not are_first and not are_ends:
+        return
+    fit_better = has_fewer & _fit_other_classes(_count_places(data, masks), has_class)
+    least = max(_MIN_MASKS_WITH_FEWER, _MIN_SHARE_RENUMBERED * has_fewer.sum())
+    is_likely = bool(fit_better.sum() >= least)
+    if is_likely or (are_first and (num_classes > 3 or has_fewer.sum() >= _MIN_OF_THREE_CLASSES)):
+        odd = fit_better if is_likely else has_fewer
+        files = [each.pair.mask for each, is_odd in zip(masks, odd, strict=True) if is_odd]
+        yield _renumbered_masks(data, files, are_first=are_first, is_likely=is_likely)
+
+
+def _renumbered_masks(
+    data: MeasuredDataset, files: Sequence[Path], *, are_first: bool, is_likely: bool
+) -> Finding:
+    values = "from 0 on without a gap" if are_first else "0 and 255"
+    masks = f"{format_count(len(files), 'mask')}, such as '{data.name(files[0])}',"
+    message = f"every mask has the values {values}, although {masks} have fewer than others"
+    remedy = (
+        "save one value for a class in all masks: np.unique(return_inverse=True), LabelEncoder or "
+        "stretching to 0-255 gives the classes of each mask other values"
+    )
+    if is_likely:
+        message += "; judging by position and brightness, their values mean other classes"
+        return Finding(RENUMBERED_KIND, "warning", tuple(files), message, remedy)
+    message += ": the values may have been counted anew in each mask"
+    return Finding(RENUMBERED_KIND, "note", (), message, f"{remedy}; otherwise ignore this note")
+
+
+def _fit_other_classes(
+    counts: NDArray[np.float64], has_class: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Return which masks fit those of all classes better if their values are other classes.
+
+    The order of the classes stays, as counting anew keeps it.
+
+    Args:
+        counts: from :func:`_count_places`.
+        has_class: the classes ``(N, K)`` of each mask.
+    """
+    num_classes = has_class.shape[1]
+    better = np.zeros(len(counts), bool)
+    is_complete = has_class.all(1)
+    if is_complete.sum() < _MIN_COMPLETE_MASKS:
+        return better
+    total = counts[is_complete].sum(0)
+    share = total / max(total.sum(), 1) + _MIN_PROBABILITY
+    log_share = np.log(share / share.sum(1, keepdims=True))
+    gain = np.clip(log_share[None] - log_share[:, None], -_MAX_CELL_GAIN, _MAX_CELL_GAIN)
+    for n in np.flatnonzero(~is_complete):
+        own = np.flatnonzero(has_class[n])
+        gains = np.einsum("ip,ijp->ij", counts[n, own], gain[own])
+        cells = counts[n, own].sum(1)
+        orders = np.array(list(itertools.combinations(range(num_classes), len(own))))
+        gained = gains[np.arange(len(own)), orders].sum(1)
+        best = int(gained.argmax())
+        moved = cells[orders[best] != own].sum()
+        better[n] = (
+            gained[best] >= max(_MIN_GAIN_OF_RENUMBERED, _MIN_MEAN_GAIN * moved)
+            and moved >= _MIN_CELLS
+        )
+    return better
 
 
 def swap_foreground(label: Label) -> Label:

@@ -66,6 +66,7 @@ CHECKS: tuple[Check, ...] = (
     stored_values.check_mask_values,
     exchanged_classes.check_inverted_masks,
     exchanged_classes.check_exchanged_classes,
+    exchanged_classes.check_renumbered_masks,
     alignment.check_common_shift,
     alignment.check_common_placement,
     alignment.check_common_turn,
@@ -108,6 +109,7 @@ _DOUBTS = (
     "class not drawn everywhere",
     "outlines too wide or too narrow",
     "masks fit no images",
+    exchanged_classes.RENUMBERED_KIND,
     single_masks.NO_FIT_KIND,
 )
 
@@ -343,7 +345,7 @@ def _find_doubts(dataset: Dataset) -> tuple[str, ...]:
     doubts = tuple(
         " ".join(f"useg inspect warns: {each.message}; {each.remedy}".split())
         for each in findings
-        if each.kind in _DOUBTS
+        if each.kind in _DOUBTS and each.severity != "note"
     )
     if folder is not None and key is not None:
         with suppress(OSError), cache_folder.create_cached(folder, key.key) as entry:
