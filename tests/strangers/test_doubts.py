@@ -305,6 +305,29 @@ def test_masks_that_are_stretched_one_by_one_are_refused(tmp_path: Path, missing
         find_dataset(tmp_path)
 
 
+# matplotlib's viridis of three and of four values.
+VIRIDIS = {
+    3: np.array([(68, 1, 84), (32, 144, 140), (253, 231, 36)], np.uint8),
+    4: np.array([(68, 1, 84), (48, 103, 141), (53, 183, 120), (253, 231, 36)], np.uint8),
+}
+
+
+@pytest.mark.parametrize("is_stretched", [True, False])
+def test_masks_in_colours_of_their_own_range_are_refused(
+    tmp_path: Path, is_stretched: bool
+) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        label = np.minimum(label, 2) if k == 4 else label
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.png", VIRIDIS[3 if is_stretched and k == 4 else 4][label])
+    if not is_stretched:
+        assert len(find_dataset(tmp_path).classes) == 4
+        return
+    with pytest.raises(DataError, match=r"the colours of '.*/4.png' are #440154, #20908c and #fd"):
+        find_dataset(tmp_path)
+
+
 def test_levels_of_which_some_masks_lack_one_are_classes(tmp_path: Path) -> None:
     for k in range(6):
         image, label = yard(k)

@@ -44,7 +44,7 @@ from useg.data.mask_content import (
     sum_counts,
 )
 from useg.data.names import split_name
-from useg.data.schemes import VOC_BORDER, describe_ids, name_colors, voc_colors
+from useg.data.schemes import VOC_BORDER, describe_ids, find_levels, name_colors, voc_colors
 from useg.errors import DataError, UsageError, format_count, join_names
 from useg.machine import in_parallel
 
@@ -60,6 +60,9 @@ _COLORS_MAY_NUMBER = (
     "most colours occur in one mask only, so they may number objects; if so, save masks of "
     "classes, otherwise ignore this note"
 )
+
+# A colour that displays a level differs from it by less than this.
+_MAX_COLOR_STEP_ERROR = 5
 
 # Words for two states of a place: before and after an event.
 _STATES = (("pre", "post"), ("before", "after"))
@@ -263,7 +266,8 @@ def _decide_by_content(
     kept = keep_true_colors(kept) if are_smeared(kept) else drop_odd_codes(kept)
     if _store_colors(kept):
         decision = _decide_by_color(kept, ignore)
-        return replace(decision, problem=decision.problem or _describe_ids_and_colors(kept))
+        problem = decision.problem or _describe_ids_and_colors(kept) or _describe_stretched(kept)
+        return replace(decision, problem=problem)
     values = {code for mask in kept for code in mask.codes.tolist() if code >= 0} - set(ignore)
     nodata = _ignored_nodata(values, encoding)
     if nodata:
@@ -284,22 +288,39 @@ def _describe_stretched(masks: Sequence[MaskContent]) -> str:
     """
     steps: dict[tuple[int, ...], MaskContent] = {}
     for mask in masks:
-        values = tuple(mask.codes[mask.codes >= 0].tolist())
+        values = sorted(_find_levels(mask))
         last = len(values) - 1
         if last < 1:
             continue
-        if any(abs(value * last - k * 255) >= last for k, value in enumerate(values)):
+        slack = _MAX_COLOR_STEP_ERROR if mask.has_colors else 1
+        if any(abs(value - k * 255 / last) >= slack for k, (value, _) in enumerate(values)):
             return ""
-        steps.setdefault(values, mask)
-    several = sorted((values for values in steps if len(values) > 2), key=len)
+        steps.setdefault(tuple(code for _, code in values), mask)
+    are_colors = any(mask.has_colors for mask in masks)
+    several = sorted((codes for codes in steps if len(codes) > 2), key=len)
     few, many = (several[0], several[-1]) if several else ((), ())
     if len(few) == len(many) or set(few) <= set(many):
         return ""
-    return (
-        f"the values of '{steps[few].path}' are {_join(few)}, and those of '{steps[many].path}' "
-        f"{_join(many)}: each mask seems to be stretched to 0 to 255 alone, as for display, so one "
-        "value means different classes; save the ids themselves"
+    what, else_what = (
+        _join([f"#{code - COLOR_FLAG:06x}" if code >= COLOR_FLAG else code for code in codes])
+        for codes in (few, many)
     )
+    return (
+        f"the {'colours' if are_colors else 'values'} of '{steps[few].path}' are {what}, and those "
+        f"of '{steps[many].path}' {else_what}: each mask seems to be stretched to "
+        f"{'a range of colours' if are_colors else '0 to 255'} alone, as for display, so one value "
+        "means different classes; save the ids themselves"
+    )
+
+
+def _find_levels(mask: MaskContent) -> Iterator[tuple[float, int]]:
+    """Yield the grey level of each code, or the one that its colour displays, with the code."""
+    codes = [code for code in mask.codes.tolist() if code >= 0]
+    if not mask.has_colors:
+        yield from ((code, code) for code in codes)
+    elif len(codes) <= MAX_CLASS_VALUES and codes[0] >= COLOR_FLAG:
+        levels = find_levels([channels_of(code) for code in codes])
+        yield from zip(levels, codes, strict=True) if levels else ()
 
 
 def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:

@@ -216,6 +216,36 @@ def name_colors(colors: Sequence[Color]) -> tuple[str, tuple[str, ...]]:
     return "", ()
 
 
+# Colours by which matplotlib and OpenCV display values, in even steps from the lowest value on.
+_COLOR_MAPS = {
+    "viridis": (
+        *(0x440154, 0x482576, 0x414487, 0x35608D, 0x2A788E, 0x21908C, 0x22A884, 0x43BF71),
+        *(0x7AD151, 0xBBDF27, 0xFDE725),
+    ),
+    "jet": (
+        *(0x000080, 0x0000FF, 0x0080FF, 0x00FFFF, 0x80FF80, 0xFFFF00, 0xFF8000, 0xFF0000),
+        0x800000,
+    ),
+}
+_NUM_STEPS, _MAX_DISTANCE_FROM_MAP = 1021, 12
+
+
+def find_levels(colors: Sequence[Color]) -> list[float] | None:
+    """Return the levels (0 to 255) that colours display in viridis or jet; None if in neither.
+
+    >>> find_levels([(68, 1, 84), (253, 231, 36)]), find_levels([(0, 0, 0), (255, 0, 0)])
+    ([0.0, 255.0], None)
+    """
+    for packed in _COLOR_MAPS.values():
+        stops = [[code >> shift & 255 for code in packed] for shift in (16, 8, 0)]
+        places = np.linspace(0, len(packed) - 1, _NUM_STEPS)
+        steps = np.stack([np.interp(places, range(len(packed)), band) for band in stops], axis=1)
+        distances = np.abs(np.array(colors, float)[:, None] - steps).max(2)
+        if (distances.min(1) <= _MAX_DISTANCE_FROM_MAP).all():
+            return [255 * int(step) / (_NUM_STEPS - 1) for step in distances.argmin(1)]
+    return None
+
+
 def match_grey_palette(
     values: frozenset[int], palettes: dict[str, Sequence[Color]] = KNOWN_PALETTES
 ) -> str:
