@@ -57,6 +57,17 @@ def relabel_validation(root: Path) -> Planted:
     return "splits differ", set()
 
 
+def halve_validation(root: Path) -> Planted:
+    for path in (root / "val").rglob("*.png"):
+        edit_picture(path, lambda pixels: pixels[::2, ::2])
+    return "sizes of splits differ", {path.name for path in (root / "val" / "images").iterdir()}
+
+
+def add_frame(root: Path) -> Planted:
+    edit_all_masks(root, lambda mask: np.pad(mask[2:-2, 2:-2], 2, constant_values=1))
+    return "frame around masks", {path.name for path in root.rglob("masks/*")}
+
+
 def empty_one(root: Path) -> Planted:
     return "mask of one class", {edit_picture(find_file(root, 18), np.zeros_like).name}
 
@@ -82,6 +93,10 @@ DEFECTS = {
     ),
     "constant region": Defect("streets", add_hood),
     "grey images for validation": Defect("streets", make_validation_grey),
+    "images of half the size for validation": Defect(
+        "streets", halve_validation, frozenset({"mixed sizes"})
+    ),
+    "frame": Defect("streets", add_frame),
 }
 
 
@@ -90,6 +105,20 @@ def test_planted_defect_alone_is_found_and_repaired(
     name: str, clean_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     assert_found_and_repaired(DEFECTS[name], clean_sets, tmp_path)
+
+
+@pytest.mark.parametrize("width", [3, 12])
+def test_a_thin_band_between_two_classes_is_mentioned(tmp_path: Path, width: int) -> None:
+    y, x = np.mgrid[:72, :96]
+    for k in range(8):
+        distance = np.hypot(y - 36, x - 40 - k)
+        mask = np.searchsorted([20, 20 + width], distance).astype(np.uint8)
+        # 0 is the object, 1 the band and 2 what is outside.
+        for folder, pixels in (("images", 80 * mask + 3 * (x % 7)), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / folder / f"{k}.png")
+    kinds = [each.kind for each in inspect_dataset(tmp_path).findings]
+    assert ("thin band" in kinds) == (width == 3)
 
 
 def write_mask(root: Path, name: str, mask: np.ndarray) -> None:

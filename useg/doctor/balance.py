@@ -18,7 +18,7 @@ from useg.doctor.measure import (
     MeasuredDataset,
     Measurement,
 )
-from useg.errors import join_names
+from useg.errors import format_count, join_names
 
 # A class with a smaller share of the counted pixels is rare.
 MAX_RARE_SHARE = 0.005
@@ -31,6 +31,19 @@ _MIN_IMAGES_OF_COLOR, _MIN_GREY_DIFFERENCE = 3, 0.5
 
 # With fewer masks, it is not known that most have several classes.
 _MIN_MASKS = 8
+
+# A split has images of another size if nearly all are so many times smaller or larger than nearly
+# all for training.
+_MIN_SIZE_RATIO, _USUAL_SHARE = 1.5, 0.9
+
+# Masks have a frame if so many end at the same distance from the border, where that share of the
+# pixels is cut off.
+_MIN_FRAMED, _MIN_CUT = 0.5, 0.05
+
+# A class is a band if that share of its runs, in masks with so many, lies between the same two
+# others, with at most so many pixels or share of the width.
+_MIN_BAND_RUNS, _MIN_BETWEEN = 20, 0.75
+_MAX_BAND_PIXELS, _MAX_BAND_SHARE = 6, 0.03
 
 # With fewer images, a region may be constant by chance.
 _MIN_IMAGES_OF_CONSTANT_REGION = 20
@@ -193,6 +206,96 @@ def check_grey_split(data: MeasuredDataset) -> Iterator[Finding]:
             f"save all images in the same way, or have both kinds in train; otherwise the scores "
             f"on {split} are those of a model that never saw such images",
         )
+
+
+def check_split_sizes(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find a split whose images are all much smaller or larger than those for training."""
+    splits: dict[str, list[Measurement]] = {}
+    for each in data.complete:
+        splits.setdefault(each.pair.split, []).append(each)
+    for split in ("val", "test"):
+        parts = [splits.get(name, []) for name in ("train", split)]
+        if min(map(len, parts)) < _MIN_IMAGES_OF_COLOR:
+            continue
+        sides = [
+            [each.image.size[0] * each.image.size[1] for each in part if each.image is not None]
+            for part in parts
+        ]
+        train, held_out = (np.sqrt(np.array(areas, float)) for areas in sides)
+        is_smaller = bool(np.median(held_out) < np.median(train))
+        low, high = (held_out, train) if is_smaller else (train, held_out)
+        nearly_largest = np.quantile(low, _USUAL_SHARE)
+        nearly_smallest = np.quantile(high, 1 - _USUAL_SHARE)
+        if nearly_smallest < _MIN_SIZE_RATIO * nearly_largest:
+            continue
+        ratio = float(np.median(high) / np.median(low))
+        files = tuple(each.pair.image for each in parts[1])
+        yield Finding(
+            "sizes of splits differ",
+            "warning",
+            files,
+            f"the images of {split}, such as '{data.name(files[0])}', are "
+            f"{ratio:.1f} times {'smaller' if is_smaller else 'larger'} in width and height than "
+            "those of train",
+            f"if they show the same things, they are scaled, and so are the scores on {split}: "
+            "save all images at one scale; if they are crops, ignore this warning",
+        )
+
+
+def check_frames(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find masks that all have a frame of one class, where objects are cut off."""
+    masks = [each for each in data.complete if each.mask is not None and len(each.mask.codes) > 1]
+    frames = [each.mask.frame for each in masks if each.mask is not None]
+    if len(frames) < _MIN_MASKS or min(frame.width for frame in frames) < 1:
+        return
+    width = min(frame.width for frame in frames)
+    ids = set(data.ids(np.array([frame.code for frame in frames])).tolist())
+    cut = [frame.cut for frame in frames if frame.width == width]
+    if len(cut) < _MIN_FRAMED * len(frames) or np.mean(cut) < _MIN_CUT or len(ids) > 1:
+        return
+    k = ids.pop()
+    if 0 <= k < len(data.dataset.classes):
+        yield Finding(
+            "frame around masks",
+            "warning",
+            tuple(each.pair.mask for each in masks),
+            f"the outermost {format_count(width, 'pixel')} of every mask, such as "
+            f"'{data.name(masks[0].pair.mask)}', are {data.dataset.classes.names[k]}, like a frame "
+            "at which everything else ends",
+            "if the images show other classes there, store an ignored value (255) in the frame, or "
+            "crop images and masks",
+        )
+
+
+def check_bands(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find a class that is a thin band between two others, which may mean "not classified"."""
+    masks = [each.mask for each in data.complete if each.mask is not None]
+    table = data.dataset.classes
+    for k, name in enumerate(table.names if len(table) > 2 else ()):
+        found = [
+            (band, mask.size[0])
+            for mask in masks
+            for code, band in mask.bands.items()
+            if data.class_ids.get(code) == k and band.runs >= _MIN_BAND_RUNS
+        ]
+        sides = {tuple(sorted(data.class_ids.get(c, -1) for c in band.sides)) for band, _ in found}
+        if len(found) < _MIN_MASKS or len(found) < len(masks) / 2 or len(sides) > 1:
+            continue
+        (low, high) = sides.pop()
+        thin = [
+            band.between >= _MIN_BETWEEN * band.runs
+            and band.pixels <= band.between * max(_MAX_BAND_PIXELS, _MAX_BAND_SHARE * width)
+            for band, width in found
+        ]
+        if np.mean(thin) >= _USUAL_SHARE and 0 <= low < high < len(table):
+            yield Finding(
+                "thin band",
+                "note",
+                (),
+                f"{name} is a thin band between {table.names[low]} and {table.names[high]}, so it "
+                "may mean that the border is not classified",
+                f'if so, write ignore = ["{name}"] into dataset.toml; otherwise ignore this note',
+            )
 
 
 def check_single_class_masks(data: MeasuredDataset) -> Iterator[Finding]:

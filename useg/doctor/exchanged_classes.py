@@ -51,11 +51,11 @@ _MIN_CLEAR_IN_GROUP, _MIN_JUDGED_IN_GROUP = 0.65, 3
 # Pairs are made of so many classes, which are in that share of the masks.
 _MAX_COMPARED_CLASSES, _MIN_SHARE_OF_MASKS = 8, 0.25
 
-# Masks may be numbered anew if so many lack classes; more if there are three classes, since some
-# images may well lack the last one. It is likely if so many, and that share of them, fit better
-# with other classes, compared with so many masks of all classes.
+# Masks may be numbered anew if so many lack classes. It is likely if so many, and that share of
+# them, fit better with other classes, compared with so many masks of all classes. Otherwise, it is
+# worth a note if so many lack two classes: the last one alone may well be rare.
 RENUMBERED_KIND = "classes numbered anew in each mask"
-_MIN_MASKS_WITH_FEWER, _MIN_OF_THREE_CLASSES, _MAX_RENUMBERED_CLASSES = 4, 8, 10
+_MIN_MASKS_WITH_FEWER, _MIN_MASKS_WITHOUT_TWO, _MAX_RENUMBERED_CLASSES = 4, 2, 10
 _MIN_SHARE_RENUMBERED, _MIN_COMPLETE_MASKS, _MIN_GAIN_OF_RENUMBERED = 0.4, 3, 20
 
 
@@ -328,7 +328,8 @@ def check_renumbered_masks(data: MeasuredDataset) -> Iterator[Finding]:
     fit_better = has_fewer & _fit_other_classes(_count_places(data, masks), has_class)
     least = max(_MIN_MASKS_WITH_FEWER, _MIN_SHARE_RENUMBERED * has_fewer.sum())
     is_likely = bool(fit_better.sum() >= least)
-    if is_likely or (are_first and (num_classes > 3 or has_fewer.sum() >= _MIN_OF_THREE_CLASSES)):
+    lacks_two = has_fewer & (number < num_classes - 1)
+    if is_likely or (are_first and lacks_two.sum() >= _MIN_MASKS_WITHOUT_TWO):
         odd = fit_better if is_likely else has_fewer
         files = [each.pair.mask for each, is_odd in zip(masks, odd, strict=True) if is_odd]
         yield _renumbered_masks(data, files, are_first=are_first, is_likely=is_likely)

@@ -69,6 +69,9 @@ TINT_LIMITS = (-0.1, -0.03, 0.03, 0.1)
 # A speck is no wider and no higher than this.
 _MAX_SPECK_PIXELS = 3
 
+# The bands of masks with more codes are not counted.
+_MAX_CODES_OF_BANDS = 64
+
 # At most this many candidates for specks are tested in one mask.
 _MAX_SPECK_CANDIDATES = 500
 
@@ -136,6 +139,37 @@ class Specks:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """The border of a mask that has one code.
+
+    Args:
+        code: the code.
+        width: pixels from each side that have it; 0 if the outermost do not all have it.
+        cut: the share of other codes, 0 to 1, on the first lines within.
+    """
+
+    code: int = 0
+    width: int = 0
+    cut: float = 0.0
+
+
+@dataclass(frozen=True)
+class Band:
+    """The runs of a code in the rows of a mask: how many lie between the same two other codes.
+
+    Args:
+        runs: all that begin and end within a row.
+        between: those between the two codes ``sides``.
+        pixels: of the latter.
+    """
+
+    runs: int
+    between: int
+    pixels: int
+    sides: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class ImageMeasurement:
     """Measurements of an image.
 
@@ -179,12 +213,16 @@ class MaskMeasurement:
         content: the codes that occur and their numbers of pixels.
         code_grid: the code at the middle of each cell of a ``THUMBNAIL_SHAPE`` grid.
         specks: tiny spots.
+        frame: its border.
+        bands: the runs of each code, if they are few.
     """
 
     size: tuple[int, int]
     content: MaskContent
     code_grid: NDArray[np.int64]
     specks: Specks
+    frame: Frame = Frame()
+    bands: Mapping[int, Band] = field(default_factory=dict)
 
     @property
     def codes(self) -> NDArray[np.int64]:
@@ -459,7 +497,52 @@ def _measure_mask(
         content=count_codes(pair.mask, codes, runs, palette, band),
         code_grid=codes[np.ix_(rows, columns)].astype(np.int64),
         specks=find_specks(codes, *runs),
+        frame=_find_frame(codes),
+        bands=_find_bands(codes, *runs),
     )
+
+
+def _find_frame(codes: CodeMap) -> Frame:
+    lines = (codes[0], codes[-1], codes[:, 0], codes[:, -1])
+    if any((line != codes[0, 0]).any() for line in lines):
+        return Frame()
+    is_other = codes != codes[0, 0]
+    rows, columns = (np.flatnonzero(is_other.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return Frame()
+    H, W = codes.shape
+    width = int(min(rows[0], H - 1 - rows[-1], columns[0], W - 1 - columns[-1]))
+    within = is_other[width : H - width, width : W - width]
+    lines = (within[0], within[-1], within[:, 0], within[:, -1])
+    return Frame(int(codes[0, 0]), width, float(np.concatenate(lines).mean()))
+
+
+def _find_bands(
+    codes: CodeMap, starts: NDArray[np.intp], lengths: NDArray[np.intp]
+) -> dict[int, Band]:
+    if len(starts) < 3:
+        return {}
+    values = codes.ravel()[starts].astype(np.int64)
+    row = starts // codes.shape[1]
+    is_inside = (starts[1:-1] % codes.shape[1] > 0) & (row[1:-1] == row[2:])
+    before, here, after = (part[is_inside] for part in (values[:-2], values[1:-1], values[2:]))
+    lengths = lengths[1:-1][is_inside]
+    found, num_runs = np.unique(here, return_counts=True)
+    if not 0 < len(found) <= _MAX_CODES_OF_BANDS:
+        return {}
+    sides = np.stack([np.minimum(before, after), np.maximum(before, after)], axis=1)
+    bands = {}
+    for code, number in zip(found.tolist(), num_runs.tolist(), strict=True):
+        is_band = (here == code) & (before != after)
+        pairs, place, counts = np.unique(
+            sides[is_band], axis=0, return_inverse=True, return_counts=True
+        )
+        if len(pairs):
+            most = int(counts.argmax())
+            pixels = int(lengths[is_band][place.ravel() == most].sum())
+            low, high = pairs[most].tolist()
+            bands[code] = Band(number, int(counts[most]), pixels, (low, high))
+    return bands
 
 
 def _compute_fast_signature(image: NDArray[Any]) -> NDArray[np.uint8]:
