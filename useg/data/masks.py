@@ -44,7 +44,13 @@ from useg.data.mask_content import (
     sum_counts,
 )
 from useg.data.names import split_name
-from useg.data.schemes import VOC_BORDER, describe_ids, find_levels, name_colors, voc_colors
+from useg.data.schemes import (
+    VOC_BORDER,
+    describe_ids,
+    find_displayed_levels,
+    name_colors,
+    voc_colors,
+)
 from useg.errors import DataError, UsageError, format_count, join_names
 from useg.machine import in_parallel
 
@@ -319,7 +325,7 @@ def _find_levels(mask: MaskContent) -> Iterator[tuple[float, int]]:
     if not mask.has_colors:
         yield from ((code, code) for code in codes)
     elif len(codes) <= MAX_CLASS_VALUES and codes[0] >= COLOR_FLAG:
-        levels = find_levels([channels_of(code) for code in codes])
+        levels = find_displayed_levels([channels_of(code) for code in codes])
         yield from zip(levels, codes, strict=True) if levels else ()
 
 

@@ -230,11 +230,11 @@ _COLOR_MAPS = {
 _NUM_STEPS, _MAX_DISTANCE_FROM_MAP = 1021, 12
 
 
-def find_levels(colors: Sequence[Color]) -> list[float] | None:
+def find_displayed_levels(colors: Sequence[Color]) -> list[float] | None:
     """Return the levels (0 to 255) that colours display in viridis or jet; None if in neither.
 
-    >>> find_levels([(68, 1, 84), (253, 231, 36)]), find_levels([(0, 0, 0), (255, 0, 0)])
-    ([0.0, 255.0], None)
+    >>> find_displayed_levels([(68, 1, 84), (253, 231, 36)])
+    [0.0, 255.0]
     """
     for packed in _COLOR_MAPS.values():
         stops = [[code >> shift & 255 for code in packed] for shift in (16, 8, 0)]

@@ -139,7 +139,7 @@ class Specks:
 
 
 @dataclass(frozen=True)
-class Frame:
+class MaskFrame:
     """The border of a mask that has one code.
 
     Args:
@@ -154,7 +154,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Band:
+class ClassBand:
     """The runs of a code in the rows of a mask: how many lie between the same two other codes.
 
     Args:
@@ -221,8 +221,8 @@ class MaskMeasurement:
     content: MaskContent
     code_grid: NDArray[np.int64]
     specks: Specks
-    frame: Frame = Frame()
-    bands: Mapping[int, Band] = field(default_factory=dict)
+    frame: MaskFrame = MaskFrame()
+    bands: Mapping[int, ClassBand] = field(default_factory=dict)
 
     @property
     def codes(self) -> NDArray[np.int64]:
@@ -502,24 +502,24 @@ def _measure_mask(
     )
 
 
-def _find_frame(codes: CodeMap) -> Frame:
+def _find_frame(codes: CodeMap) -> MaskFrame:
     lines = (codes[0], codes[-1], codes[:, 0], codes[:, -1])
     if any((line != codes[0, 0]).any() for line in lines):
-        return Frame()
+        return MaskFrame()
     is_other = codes != codes[0, 0]
     rows, columns = (np.flatnonzero(is_other.any(axis)) for axis in (1, 0))
     if not len(rows):
-        return Frame()
+        return MaskFrame()
     H, W = codes.shape
     width = int(min(rows[0], H - 1 - rows[-1], columns[0], W - 1 - columns[-1]))
     within = is_other[width : H - width, width : W - width]
     lines = (within[0], within[-1], within[:, 0], within[:, -1])
-    return Frame(int(codes[0, 0]), width, float(np.concatenate(lines).mean()))
+    return MaskFrame(int(codes[0, 0]), width, float(np.concatenate(lines).mean()))
 
 
 def _find_bands(
     codes: CodeMap, starts: NDArray[np.intp], lengths: NDArray[np.intp]
-) -> dict[int, Band]:
+) -> dict[int, ClassBand]:
     if len(starts) < 3:
         return {}
     values = codes.ravel()[starts].astype(np.int64)
@@ -541,7 +541,7 @@ def _find_bands(
             most = int(counts.argmax())
             pixels = int(lengths[is_band][place.ravel() == most].sum())
             low, high = pairs[most].tolist()
-            bands[code] = Band(number, int(counts[most]), pixels, (low, high))
+            bands[code] = ClassBand(number, int(counts[most]), pixels, (low, high))
     return bands
 
 
