@@ -213,6 +213,16 @@ def test_tables_of_very_many_cells_are_no_tables_of_paths(tmp_path, monkeypatch,
     assert pair_lists._read_table(path, tails) is None
 
 
+def test_tables_of_far_more_rows_than_files_are_no_tables_of_paths(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"image": "a.png", "mask": "b.png"}\n{"image": "c.png", "mask": "d.png"}\n')
+    tails = {f"{name}.png": {Path(f"{name}.png")} for name in "abcd"}
+    monkeypatch.setattr(pair_lists, "_MAX_ROWS", 1)
+    assert pair_lists._read_table(path, tails) is not None
+    monkeypatch.setattr(pair_lists, "_MAX_ROWS_PER_FILE", 0)
+    assert pair_lists._read_table(path, tails) is None
+
+
 def test_a_path_of_very_many_parts_is_compared_by_its_end():
     asked = []
 

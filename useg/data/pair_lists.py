@@ -25,6 +25,8 @@ _JSON_SUFFIXES = (".jsonl", ".ndjson", ".manifest")
 _LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", *_JSON_SUFFIXES)
 # Cells are counted before they are read: each takes some 60 bytes more than its text.
 _MAX_LIST_BYTES, _MAX_CELLS = 50_000_000, 4_000_000
+# Most rows name files that are there, so there are not many more rows than files.
+_MAX_ROWS, _MAX_ROWS_PER_FILE = 100_000, 10
 # Rows that show which columns name files, and the share of them that must name files.
 _NUM_ROWS_LOOKED_AT = 20
 _MIN_NAMED = 0.8
@@ -100,13 +102,16 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
     """Return the pairs of a table; None if no two of its columns name files."""
     try:
         content = read_limited(table, _MAX_LIST_BYTES)
+        num_rows = content.count(b"\n") + content.count(b"\r")
+        if num_rows > _MAX_ROWS + _MAX_ROWS_PER_FILE * len(tails):
+            return None
         separators = max(map(content.count, (b"\t", b";", b","))) or content.count(b" ")
-        if content.count(b"\n") + content.count(b"\r") + separators > _MAX_CELLS:
+        if num_rows + separators > _MAX_CELLS:
             return None
         text = decode_text(content)
         lines = (line for line in io.StringIO(text, newline=None) if not line.startswith("#"))
         read = _split_json if table.suffix.lower() in _JSON_SUFFIXES else split_rows
-        rows = [row for row in read(lines) if any(cell.strip() for cell in row)]
+        rows = [row for row in read(lines) if any(map(str.strip, row))]
     except (OSError, ValueError, csv.Error):
         return None
     if len(rows) < 2:

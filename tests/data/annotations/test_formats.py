@@ -112,13 +112,13 @@ def test_yaml_files_without_names_are_skipped_even_if_they_are_invalid_or_large(
 def test_an_image_that_many_rows_name_is_looked_up_once(tmp_path, monkeypatch):
     image, lookups = write_photo(tmp_path / "a.jpg"), []
     reading = Reading(tmp_path, [image])
-    look_up = reading._find
+    look_up = reading._find_candidates
 
     def count(entry):
         lookups.append(entry)
         return look_up(entry)
 
-    monkeypatch.setattr(reading, "_find", count)
+    monkeypatch.setattr(reading, "_find_candidates", count)
     for name in ("a.jpg", "b.jpg", "a.jpg", "b.jpg"):
         entry = AnnotatedImage(tmp_path / "a.csv", name, Drawing((), (0, 0)))
         assert reading.find(entry) == (image if name == "a.jpg" else None)

@@ -17,7 +17,7 @@ import os
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,8 @@ def _read_task(
         fields, regions = task, _list_minimal_regions(task)
     else:
         fields = task["task"]["data"] if "result" in task else task["data"]
-        regions = [_label_region(region, annotation["result"]) for region in annotation["result"]]
+        labels = _labels_by_id(annotation["result"])
+        regions = [_label_region(region, labels) for region in annotation["result"]]
     name = _image_name(fields)
     others = (_UPLOAD_PREFIX.sub("", name, count=1),) if _UPLOAD_PREFIX.match(name) else ()
     entry = AnnotatedImage(path, name, Drawing((), _declared_size(regions)), others=others)
@@ -205,18 +206,23 @@ def _list_minimal_regions(task: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**value, "value": value} for value in values if isinstance(value, dict)]
 
 
-def _label_region(region: dict[str, Any], result: Sequence[Any]) -> dict[str, Any]:
+def _labels_by_id(result: Iterable[Mapping[str, Any]]) -> dict[Any, list[Any]]:
+    found: dict[Any, list[Any]] = {}
+    for region in result:
+        if "id" in region and (names := _labels(region.get("value", {}))):
+            found.setdefault(region["id"], names)
+    return found
+
+
+def _label_region(region: dict[str, Any], labels: Mapping[Any, list[Any]]) -> dict[str, Any]:
     """Give a region its labels, where another entry with the same id has them.
 
     The tags ``<Brush>`` and ``<Labels>`` make two entries of one region.
     """
     value = region["value"]
-    if _labels(value) or "id" not in region:
+    if _labels(value) or region.get("id") not in labels:
         return region
-    for other in result:
-        if other.get("id") == region["id"] and (names := _labels(other.get("value", {}))):
-            return {**region, "value": {**value, "labels": names}}
-    return region
+    return {**region, "value": {**value, "labels": labels[region["id"]]}}
 
 
 def _labels(value: Mapping[str, Any]) -> list[Any]:

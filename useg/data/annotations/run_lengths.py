@@ -219,7 +219,9 @@ def _read_table(
     if start == 1:
         found, notes = _confirm_start(found, entries, by_columns, reading)
     drawn = tuple(
-        replace(entry, drawing=_draw_rows(found.get(image), reading.size(entry), by_columns))
+        entry
+        if reading.find(entry) is None
+        else replace(entry, drawing=_draw_rows(found.get(image), reading.size(entry), by_columns))
         for image, entry in entries.items()
     )
     all_names = {name for rows in found.values() for name in rows.names}
@@ -238,14 +240,16 @@ def _read_rows(
         if len(row) <= max(columns.image, *columns.runs, columns.kind or 0):
             continue
         image, kind = row[columns.image], "" if columns.kind is None else row[columns.kind]
-        if image not in entries and reading.find(_entry(path, image)) is None and "_" in image:
+        if "_" in image and image not in entries and reading.find(_entry(path, image)) is None:
             # The columns ImageId_ClassId and Image_Label have both.
             image, _, kind = image.rpartition("_")
         if image not in entries:
-            entries[image], listed[image] = _entry(path, image), ([], array("q"), [])
+            entries[image] = _entry(path, image)
             reading.check_count(path, len(entries))
+            if reading.find(entries[image]) is not None:
+                listed[image] = [], array("q"), []
         for column, of_column in zip(columns.runs, columns.names, strict=True):
-            if row[column] in _EMPTY or reading.find(entries[image]) is None:
+            if row[column] in _EMPTY or image not in listed:
                 continue
             with reading.skipping(path, "run lengths", image):
                 name = of_column or kind or "foreground"
