@@ -404,11 +404,14 @@ def test_stacks_of_different_lengths_are_refused(tmp_path):
         ),
     ):
         find_dataset(tmp_path)
+    for folder in ("images", "masks"):
+        stack(tmp_path / folder / "b.tif")
     dataset = find_dataset(tmp_path, strict=False)
-    assert len(dataset.pairs) == 1
+    assert len(dataset.pairs) == 4
     with pytest.raises(DataError, match="is a stack of 3 pages"):
         read_sample(dataset.pairs[0], dataset)
-    (tmp_path / "masks" / "a.tif").unlink()
+    for path in ("images/b.tif", "masks/b.tif", "masks/a.tif"):
+        (tmp_path / path).unlink()
     write_pixels(tmp_path / "masks" / "a.png", np.zeros((5, 6)))
     dataset = find_dataset(tmp_path)
     assert read_sample(dataset.pairs[0], dataset).image.shape == (5, 6, 3)

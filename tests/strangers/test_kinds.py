@@ -661,10 +661,3 @@ def test_names_without_ids_are_said_in_their_order(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "classes.txt").write_text("\n".join(NAMES))
     assert "(0 sky, 1 house, 2 lawn and 3 ball)" in find_dataset(tmp_path).notes[0]
-
-
-def test_arrays_of_many_images_are_refused_with_the_reason(tmp_path: Path) -> None:
-    for name, kind in (("X_train", 0), ("y_train", 1)):
-        np.save(tmp_path / f"{name}.npy", np.stack([yard(k)[kind] for k in range(4)]))
-    with pytest.raises(DataError, match=r"X_train.npy'.* array of the shape \(4, 32, 48, 3\)"):
-        find_dataset(tmp_path)

@@ -13,14 +13,16 @@ Images and masks are found in this order:
   Supervisely, Label Studio and VIA, YOLO's ``images`` + ``labels`` with outlines in text files.
 
 All of these may lie in sub-folders. Folders called train, val or test are official splits, and so
-are lists such as ``train.txt``, and a ``split.csv`` in DATA. TIFF stacks with the same number of
-pages are paired page by page. A ``classes.toml`` in DATA wins over every other class table.
+are lists such as ``train.txt``, and a ``split.csv`` in DATA. Stacks (TIFF, ``.npy``) with the same
+number of pages are paired page by page. A ``classes.toml`` in DATA wins over every other class
+table.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -45,15 +47,15 @@ from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.names import are_described, name_files
 from useg.data.official_splits import LIST_SUFFIXES, read_split_csv, read_split_lists
 from useg.data.pair_lists import find_listed
-from useg.data.pairing import find_pairs, find_photographs_alike, match_lists
+from useg.data.pairing import find_pairs, find_photographs_alike, match_lists, role_of_array
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
 from useg.data.scribbles import describe_scribbles
 from useg.data.truth import OpenChoiceError
-from useg.errors import DataError, UsageError, format_count, suggest
+from useg.errors import DataError, UsageError, format_count, join_names, suggest
 from useg.folders import list_files, list_subfolders, walk_folders, walking_once
 from useg.images.files import (
+    count_pages,
     list_image_files,
-    num_pages,
     read_image,
     read_mask_and_alpha,
     read_size,
@@ -75,7 +77,7 @@ _RECOGNIZERS = (find_pairs, find_listed, find_annotated)
 
 
 _TIFF_SUFFIXES = (".tif", ".tiff")
-_STACK_SUFFIXES = (*_TIFF_SUFFIXES, ".dcm", ".dicom")
+_STACK_SUFFIXES = (*_TIFF_SUFFIXES, ".dcm", ".dicom", ".npy")
 # If an image has up to this many pages and its mask has one, the pages are bands; more are a stack.
 _MAX_BAND_PAGES = 16
 _VIDEO_ADVICE = "save the labelled frames as PNG, for example with ffmpeg"
@@ -87,6 +89,9 @@ _ADVICE = {
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), _VIDEO_ADVICE),
 }
 _OTHER_SUFFIXES = (*(".json", ".xml", ".txt", ".csv"), *_ADVICE)
+
+# The end of a ZIP file is in its last bytes; at most so many bytes of a list of files are read.
+_ZIP_END_BYTES, _MAX_ZIP_LIST_BYTES = 66_000, 1 << 20
 
 # Called with the pairs, how their masks hold the classes, the ignored values, and
 # skip_unreadable=...
@@ -293,6 +298,7 @@ def _describe_links(folder: Path) -> Iterator[str]:
 
 def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
     """Split TIFF stacks: an image and a mask with equally many pages become one pair per page."""
+    strict = strict or len(found.pairs) == 1
     pairs = tuple(page for pair in found.pairs for page in _pages(pair, strict))
     joined = [pair for pair in pairs if pair.page == ALL_PAGES]
     if not joined:
@@ -311,7 +317,7 @@ def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
         yield pair
         return
     try:
-        images, masks = num_pages(pair.image), num_pages(pair.mask)
+        images, masks = count_pages(pair.image, pair.mask)
         if masks == 1 < images <= _MAX_BAND_PAGES and pair.image.suffix.lower() in _TIFF_SUFFIXES:
             yield replace(pair, page=ALL_PAGES)
             return
@@ -488,6 +494,51 @@ def _has_mask_as_fourth_band(path: Path) -> bool:
     return alpha is not None and 2 <= len(set(alpha.ravel().tolist())) <= _MAX_FEW_VALUES
 
 
+def _list_arrays(path: Path) -> list[str]:
+    """Return the names of the arrays in a .npz file; none if it is damaged or lists very many."""
+    try:
+        with open_file(path) as file:
+            file.seek(max(0, path.stat().st_size - _ZIP_END_BYTES))
+            # What ends a ZIP file says where the list of its files begins, and how long it is.
+            end = file.read().rpartition(b"PK\5\6")[2]
+            if not 0 < int.from_bytes(end[8:12], "little") <= _MAX_ZIP_LIST_BYTES:
+                return []
+            with zipfile.ZipFile(file) as archive:
+                names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return []
+    return [name.removesuffix(".npy") for name in names if name.removesuffix(".npy").isidentifier()]
+
+
+def _advise_arrays(folder: Path, archives: Sequence[Path]) -> str:
+    """Return lines of Python that turn .npz files into folders that useg reads."""
+    names = _list_arrays(archives[0])
+    roles = {name: role_of_array(name) for name in names}
+    chosen = [[name for name in names if roles[name] == role] for role in ("image", "mask")]
+    if [len(part) for part in chosen] == [1, 1]:
+        image, mask = chosen[0][0], chosen[1][0]
+        save = (
+            f"    for name, place in ({image!r}, 'images'), ({mask!r}, 'masks'):\n"
+            "        target = pathlib.Path('OUT', place, path.stem + '.npy')\n"
+        )
+    else:
+        save = (
+            "    for name in arrays.files:\n"
+            "        target = pathlib.Path('OUT', path.stem, name + '.npy')\n"
+        )
+    listed = f", which has the arrays {join_names(names, 8)}" if names else ""
+    return (
+        f"useg does not read .npz files such as '{archives[0]}'{listed}. It reads .npy files, also "
+        "of many images; these lines of Python write them to the folder OUT:\n"
+        "import numpy, pathlib\n"
+        f"for path in pathlib.Path({str(folder)!r}).rglob('*.npz'):\n"
+        "    arrays = numpy.load(path)\n"
+        f"{save}"
+        "        target.parent.mkdir(parents=True, exist_ok=True)\n"
+        "        numpy.save(target, arrays[name])"
+    )
+
+
 def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str:
     """Say what to do with a folder in which no pairs were found.
 
@@ -497,6 +548,8 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
         suffixes: How many files of each suffix are among them.
     """
     for suffix, _ in suffixes.most_common():
+        if suffix == ".npz":
+            return _advise_arrays(folder, [path for path in others if path.suffix == suffix])
         if suffix in _ADVICE:
             return f"useg does not read {suffix} files: {_ADVICE[suffix]}"
     images = list_image_files(folder)

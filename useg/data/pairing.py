@@ -55,12 +55,15 @@ from useg.data.truth import (
 )
 from useg.errors import DataError, format_count
 from useg.folders import natural_key
-from useg.images.files import holds_python_objects, list_image_files
+from useg.images.files import count_pages, holds_python_objects, list_image_files
 
 # Names of folders that tell published layouts apart.
 _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
 
 _NUM_NAMED = 3
+
+# What arrays are called in Python, and at most so many of them.
+_ARRAY_ROLES, _MAX_ARRAYS = {"x": "image", "y": "mask"}, 64
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def find_pairs(root: Path) -> DetectedLayout | None:
         DataError: Two images have the same mask, or a folder cannot be read.
     """
     paths = _leave_out_variants(list_image_files(root))
-    return _pair_folders(root, paths) or _pair_names(root, paths)
+    return _pair_folders(root, paths) or _pair_names(root, paths) or _pair_arrays(root, paths)
 
 
 def _pair_names(root: Path, everything: Sequence[Path]) -> DetectedLayout | None:
@@ -132,6 +135,52 @@ def _pair_names(root: Path, everything: Sequence[Path]) -> DetectedLayout | None
     links = links_to_masks(files)
     parts = list(choose_pairs(links, files))
     return _to_layout(parts, files) if parts else None
+
+
+def _pair_arrays(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
+    """Pair arrays of many images such as ``X_train.npy`` and ``y_train.npy`` by role and split."""
+    files = [path for path in paths if path.suffix.lower() == ".npy"]
+    arrays = [path for path in files[: _MAX_ARRAYS + 1] if not holds_python_objects(path)]
+    if not 2 <= len(arrays) <= _MAX_ARRAYS:
+        return None
+    found: dict[tuple[str, ...], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    splits: dict[Path, str] = {}
+    for path in arrays:
+        name = path.relative_to(root).with_suffix("").as_posix()
+        words, role = split_name(name.casefold()), role_of_array(name)
+        key = {word for word in words if word.isalnum() and not role_of_array(word)}
+        splits[path] = next((SPLIT_FOLDERS[word] for word in sorted(key & {*SPLIT_FOLDERS})), "")
+        found[tuple(sorted(key))][role].append(path)
+    parts = [part for part in found.values() if part["image"] and part["mask"]]
+    images = [path for part in found.values() for path in part["image"]]
+    is_clear = all(len(part["image"]) == len(part["mask"]) == 1 for part in parts)
+    if not parts or not is_clear:
+        return None
+    if all(count_pages(part["image"][0], part["mask"][0])[0] == 1 for part in parts):
+        return None
+    pairs = [
+        Pair(image, mask, splits[image])
+        for part in parts
+        for image, mask in zip(part["image"], part["mask"], strict=True)
+    ]
+    rest = [path for path in images if path not in {pair.image for pair in pairs}]
+    alone, notes = leave_for_prediction(rest, splits, {pair.split for pair in pairs})
+    return DetectedLayout(
+        "arrays",
+        tuple(sorted(pairs, key=lambda pair: natural_key(pair.image))),
+        alone,
+        tuple(path for part in found.values() if not part["image"] for path in part["mask"]),
+        notes=notes,
+    )
+
+
+def role_of_array(name: str) -> str:
+    """Return ``image`` or ``mask`` if the name of an array says that it holds them, or ``""``.
+
+    >>> role_of_array("X_train"), role_of_array("label"), role_of_array("train")
+    ('image', 'mask', '')
+    """
+    return role_of_words({_ARRAY_ROLES.get(word, word) for word in split_name(name.casefold())})
 
 
 def find_photographs_alike(root: Path) -> str:

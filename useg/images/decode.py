@@ -60,6 +60,7 @@ from useg.images.other_formats import (
     is_iso_media,
     iso_media_container,
     npy_container,
+    npy_page,
     pnm_container,
 )
 from useg.images.tiff import decode_tiff, open_tiff
@@ -97,8 +98,7 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
     max_pixels = pixel_limit(max_pixels)
     if is_tiff(file):
         return decode_tiff(file, max_pixels, page)
-    container = read_container(file)
-    page = check_page(page, container.pages)
+    container, page = _read_page(file, page)
     check_declared_size(*container.size, container.pixel_bytes, max_pixels)
     turn = orientation(container.exif) if container.exif else 1
     content = container.content(file)
@@ -179,8 +179,7 @@ def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
                 check_page(page, tiff.num_pages)
             (width, height), turn = tiff.size, tiff.orientation
     else:
-        container = read_container(file)
-        check_page(page, container.pages)
+        container = _read_page(file, page)[0]
         (width, height), turn = container.size, orientation(container.exif)
     return (height, width) if turn >= 5 else (width, height)
 
@@ -315,6 +314,14 @@ def read_container(file: BinaryIO) -> Container:
                 raise ValueError("it declares a size of {}x{}".format(*container.size))
             return container
     raise _unknown_format(start)
+
+
+def _read_page(file: BinaryIO, page: int | None) -> tuple[Container, int]:
+    """Read what a file declares of a page, and return the page's number."""
+    container = read_container(file)
+    if container.form == "NPY" and page not in (None, ALL_PAGES):
+        return npy_page(file, page or 0), 0
+    return container, check_page(page, container.pages)
 
 
 def _unknown_format(start: bytes) -> Exception:

@@ -37,6 +37,7 @@ from useg.images.formats import (
     clear_errors,
     open_image_file,
 )
+from useg.images.other_formats import find_npy_shape
 from useg.ownership import (
     JPEG_COMMENT,
     MASK_MARK,
@@ -52,6 +53,9 @@ Image = NDArray[Any]
 IdType = TypeVar("IdType", np.uint8, np.int32)
 # A header of .npy has at least so many bytes.
 _NPY_HEADER_BYTES = 64
+
+# Two arrays of one shape are stacks if they have so many images of such sides at least.
+_MIN_GREY_PAGES, _MIN_GREY_SIDE = 5, 16
 
 # Of a palette; their 64 bits fit into a processor's cache.
 _INDICES_AT_ONCE = 65_536
@@ -337,15 +341,40 @@ def read_no_data(path: Path) -> float | None:
 
 
 def num_pages(path: Path) -> int:
-    """Return how many images of one size a TIFF stack holds; 1 for every other file.
+    """Return how many images of one size a TIFF, DICOM or .npy holds; 1 for every other file.
 
-    The channels of an ImageJ stack are bands of one image.
+    The channels of an ImageJ stack are bands of one image. An array ``(N, H, W, C)`` is a stack.
 
     Raises:
         DataError: the file is missing or not an image.
     """
     with open_image_file(Path(path)) as file:
         return stored_pages(file)
+
+
+def count_pages(image: Path, mask: Path) -> tuple[int, int]:
+    """Return how many images two files hold, and how many masks, as :func:`num_pages`.
+
+    An array ``(N, H, W)`` may be a stack of N, or an image of N or W bands. It is a stack if the
+    other file is one of N or of this height and width, or has the same shape, as images without
+    colours and their masks do.
+
+    Raises:
+        DataError: a file is missing or not an image.
+    """
+    counts, shapes = [num_pages(image), num_pages(mask)], []
+    for path in (image, mask):
+        with open_image_file(path) as file:
+            shapes.append(find_npy_shape(file))
+    is_deep = len(shapes[0]) == 3 and shapes[0][0] >= _MIN_GREY_PAGES
+    if shapes[0] == shapes[1] and is_deep and min(shapes[0][1:]) >= _MIN_GREY_SIDE:
+        return shapes[0][0], shapes[1][0]
+    for own, other in ((0, 1), (1, 0)):
+        shape, sides = shapes[own], (shapes[other][1:3], shapes[other][2:4])
+        fits = shape[:1] == (counts[other],) or shape[1:] in sides
+        if counts[own] == 1 < counts[other] and len(shape) == 3 and fits:
+            counts[own] = shape[0]
+    return counts[0], counts[1]
 
 
 def find_band_pages(path: Path, num_bands: int) -> int | None:

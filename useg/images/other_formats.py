@@ -26,6 +26,7 @@ from useg.images.formats import (
     MAX_BANDS,
     BlockCount,
     Container,
+    PageError,
     StoredPixels,
     UnreadableError,
     file_bytes,
@@ -38,6 +39,8 @@ _LONG_KINDS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"
 # Maximum bytes of files that are read whole, because their header cannot be read alone.
 _MAX_WHOLE_BYTES = 1 << 29
 _MAX_NPY_HEADER = 10_000
+# The images of a stack have so many values at least, or a small file would declare very many.
+_MIN_PAGE_VALUES = 64
 # These transfer syntaxes compress a whole DICOM file.
 _DEFLATED = (b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.4.95")
 _DICOM_TAGS = (
@@ -82,17 +85,61 @@ def pnm_container(file: BinaryIO) -> Container:
 
 
 def npy_container(file: BinaryIO) -> Container:
-    """Read what a .npy file declares."""
+    """Read what a .npy file declares: an image, or a stack of images along its first axis."""
+    shape, dtype, stored = _read_npy_bytes(file)
+    pages = _count_npy_pages(shape)
+    if len(shape) == 4 and shape[0] == 1:
+        return npy_page(file, 0)
+    height, width, bands = npy_axes(shape if pages == 1 else shape[1:])[0]
+    held = (math.prod(shape) * dtype.itemsize, stored, 1)
+    parts = ((0, file_bytes(file)),)
+    return Container("NPY", (width, height), bands * dtype.itemsize, parts, held, pages=pages)
+
+
+def npy_page(file: BinaryIO, page: int) -> Container:
+    """Read what a .npy file declares of one image of a stack: only its bytes are read later."""
+    shape, dtype, stored = _read_npy_bytes(file)
+    if not shape or not 0 <= page < shape[0]:
+        raise PageError(shape[0] if shape else 1, page)
+    height, width, bands = npy_axes(shape[1:])[0]
+    num_bytes = math.prod(shape[1:]) * dtype.itemsize
+    start = file_bytes(file) - stored + page * num_bytes
+    header = io.BytesIO()
+    description = {"descr": dtype.str, "fortran_order": False, "shape": shape[1:]}
+    np.lib.format.write_array_header_1_0(header, description)
+    parts = (header.getvalue(), (start, num_bytes))
+    held = (num_bytes, num_bytes, 1)
+    return Container("NPY", (width, height), bands * dtype.itemsize, parts, held)
+
+
+def _read_npy_bytes(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Return the shape and type of an array, and how many bytes follow the header."""
     size = file_bytes(file)
-    shape, dtype, _ = read_npy_header(file)
-    height, width, bands = npy_axes(shape)[0]
+    shape, dtype, by_columns = read_npy_header(file)
     stored = size - file.tell()
     if math.prod(shape) * dtype.itemsize > stored:
         raise ValueError(
             f"it declares {'x'.join(map(str, shape))} values of {dtype}, but is shorter"
         )
-    held = (math.prod(shape) * dtype.itemsize, stored, 1)
-    return Container("NPY", (width, height), bands * dtype.itemsize, ((0, size),), held)
+    if by_columns and _count_npy_pages(shape) > 1:
+        raise UnreadableError("it is in Fortran order, which numpy.ascontiguousarray changes")
+    return shape, dtype, stored
+
+
+def _count_npy_pages(shape: tuple[int, ...]) -> int:
+    """Return how many images an array holds along its first axis: 1 unless it must be a stack.
+
+    ``(N, H, W)`` may also be an image of N or W bands if they are few; ``(N, H, W, C)`` may not.
+    """
+    is_deep = len(shape) == 4 or (len(shape) == 3 and min(shape[0], shape[2]) > MAX_BANDS)
+    return shape[0] if is_deep and math.prod(shape[1:]) >= _MIN_PAGE_VALUES else 1
+
+
+def find_npy_shape(file: BinaryIO) -> tuple[int, ...]:
+    """Return the shape of the array in a .npy file; ``()`` for other files."""
+    file.seek(0)
+    is_npy = file.read(len(NPY_START)) == NPY_START
+    return _read_npy_bytes(file)[0] if is_npy else ()
 
 
 def iso_media_container(file: BinaryIO) -> Container:
@@ -198,7 +245,7 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], boo
         raise ValueError("its header is not that of an array") from error
     if dtype.kind not in "buif":
         raise UnreadableError(f"it stores {dtype} and not numbers")
-    if min(shape, default=0) < 0:
+    if min(shape, default=0) < (1 if len(shape) > 2 else 0):
         raise ValueError(f"it declares the shape {shape}")
     return shape, dtype, by_columns
 
@@ -216,8 +263,8 @@ def npy_axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
             return (shape[1], shape[2], shape[0]), True
         return (shape[0], shape[1], shape[2]), False
     raise UnreadableError(
-        f"it is an array of the shape {shape}, and not one image (of several images, each needs "
-        "its own file)"
+        f"it is an array of the shape {shape}, and neither an image (H, W) or (H, W, C) nor a "
+        "stack of images (N, H, W) or (N, H, W, C)"
     )
 
 
