@@ -194,6 +194,37 @@ def test_rows_of_a_split_csv_are_read_one_after_another(tmp_path):
         next(rows)
 
 
+@pytest.mark.parametrize(
+    ("content", "limit", "sentence"),
+    [
+        ("a,train\n" * 30, "_MAX_ROWS", "it has 32 lines, and 20 are allowed"),
+        ("\r" * 30, "_MAX_ROWS", "it has 30 lines, and 20 are allowed"),
+        ("a,train" + "," * 30, "_MAX_LINE_LENGTH", "it has a line of 37 characters"),
+    ],
+)
+def test_a_split_csv_of_very_many_or_long_lines_is_refused(
+    tmp_path, monkeypatch, content, limit, sentence
+):
+    path = tmp_path / "split.csv"
+    path.write_text(f"image,split\na,val\n{content}")
+    # The control: with the usual limits, it is read.
+    assert next(official_splits._split_rows(path)) == ("a", "val")
+    monkeypatch.setattr(official_splits, limit, 20)
+    with pytest.raises(DataError, match=rf"split\.csv' cannot be read \({sentence}\)"):
+        list(official_splits._split_rows(path))
+    assert official_splits._read_split_file(path) == ({}, False)
+
+
+@pytest.mark.parametrize(
+    "content", ["x" * 9999 + "\n", "image,split\na," + "x" * 9999, "image,split\n" + "x" * 9999]
+)
+def test_long_cells_of_a_split_csv_are_shortened_in_the_error(tmp_path, content):
+    (tmp_path / "split.csv").write_text(content)
+    with pytest.raises(DataError) as caught:
+        list(official_splits._split_rows(tmp_path / "split.csv"))
+    assert len(str(caught.value)) < 600
+
+
 def test_of_a_list_of_very_many_lines_only_some_are_read(tmp_path):
     (tmp_path / "train.txt").write_text("# first\n\na\r\n b \n" + "c\n" * 1000)
     assert official_splits._read_lines(tmp_path / "train.txt", 2) == ["a", "b", "c"]

@@ -40,6 +40,7 @@ from useg.parsing import (
     open_file,
     parse_json,
     read_limited,
+    shorten,
     to_cell,
 )
 
@@ -57,7 +58,9 @@ _LIST_WORDS = frozenset(
 )
 _MAX_LIST_BYTES = 50_000_000
 # A line for each of a million images.
-_MAX_CSV_BYTES = 256 << 20
+_MAX_CSV_BYTES, _MAX_ROWS = 256 << 20, 1_000_000
+_MAX_LINE_LENGTH = 1_000_000
+_MAX_SHOWN_LENGTH = 200
 _MAX_NAMED = 3
 _MAX_FILES_OF_A_SUFFIX = 20
 # Columns of a table of splits; the values of some say by 1 and 0 whether an image is in a split.
@@ -360,13 +363,30 @@ def _read_split_table(path: Path) -> tuple[dict[str, list[str]], bool]:
     columns = _find_split_columns(rows[:-1] if len(beginning) == _NUM_BYTES_LOOKED_AT else rows)
     if columns is None or columns.has_folds:
         return {}, columns is not None
-    text = decode_text(read_limited(path, _MAX_LIST_BYTES))
-    return columns.divide(split_rows(io.StringIO(text, newline=None))), False
+    return columns.divide(_read_rows(path, _MAX_LIST_BYTES, "surrogateescape")), False
+
+
+def _read_rows(path: Path, max_bytes: int, errors: str) -> Iterator[list[str]]:
+    """Yield the rows of a table.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is too large, or no text.
+    """
+    content = read_limited(path, max_bytes)
+    if (num_lines := max(map(content.count, (b"\n", b"\r")))) > _MAX_ROWS:
+        raise ValueError(f"it has {num_lines:,} lines, and {_MAX_ROWS:,} are allowed")
+    yield from split_rows(io.StringIO(decode_text(content, errors), newline=None))
 
 
 def split_rows(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the rows of a table, whose first line shows what separates its cells."""
-    filled = (line for line in lines if line.strip())
+    """Yield the rows of a table, whose first line shows what separates its cells.
+
+    Raises:
+        ValueError: A line is very long.
+        csv.Error: A cell is very long.
+    """
+    filled = (line for line in lines if _is_filled(line))
     first = next(filled, "")
     delimiter = find_separator(first)
     rows = itertools.chain((first,), filled)
@@ -374,6 +394,12 @@ def split_rows(lines: Iterable[str]) -> Iterator[list[str]]:
         yield from csv.reader(rows, delimiter=delimiter)
     else:
         yield from (re.split(r"\s+", line.strip()) for line in rows)
+
+
+def _is_filled(line: str) -> bool:
+    if len(line) > _MAX_LINE_LENGTH:
+        raise ValueError(f"it has a line of {len(line):,} characters")
+    return not line.isspace()
 
 
 @dataclass(frozen=True)
@@ -574,7 +600,7 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
             problem = "several images have that name; give the path below the data folder"
             if not found:
                 problem = "there is no such image with a mask; correct or remove the line"
-            raise DataError(f"'{path}' names '{name}', but {problem}")
+            raise DataError(f"'{path}' names '{name[:_MAX_SHOWN_LENGTH]}', but {problem}")
         if splits.setdefault(next(iter(found)), split) != split:
             raise DataError(f"'{path}' puts '{name}' into two splits; keep one")
     missing = [pair for pair in dataset.pairs if pair not in splits]
@@ -628,17 +654,16 @@ def restore_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | No
 def _split_rows(path: Path) -> Iterator[tuple[str, str]]:
     """Yield a CSV file's images with their splits, row by row: short rows are very many."""
     try:
-        text = decode_text(read_limited(path, _MAX_CSV_BYTES), "strict")
-        rows = split_rows(io.StringIO(text, newline=None))
+        rows = _read_rows(path, _MAX_CSV_BYTES, "strict")
         header = next(rows, [])
         image, split = (
             next((k for k, name in enumerate(header) if name.strip().casefold() in names), None)
             for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
         )
         if image is None or split is None:
-            columns = ", ".join(header) or "(none)"
+            columns = ", ".join(header[:_MAX_SHOWN_LENGTH]) or "(none)"
             raise DataError(
-                f"'{path}' has the columns {columns}, but it needs "
+                f"'{path}' has the columns {columns[:_MAX_SHOWN_LENGTH]}, but it needs "
                 "image,split in its first line, and one line per image"
             )
         for row in rows:
@@ -646,7 +671,8 @@ def _split_rows(path: Path) -> Iterator[tuple[str, str]]:
             part = SPLIT_FOLDERS.get(named.strip().casefold(), named)
             if part not in SPLITS:
                 raise DataError(
-                    f"'{path}' puts '{name}' into the split {part!r}; "
+                    f"'{path}' puts '{name[:_MAX_SHOWN_LENGTH]}' into the split "
+                    f"{shorten(part)}; "
                     f"choose one of {', '.join(SPLITS)}"
                 )
             yield name, part
