@@ -6,11 +6,12 @@ Each test has a control: without the limit, the same file is read.
 import json
 import re
 import time
+import tracemalloc
 
 import pytest
 from made_annotations import write_file, write_photo
 
-from useg.data.annotations import formats
+from useg.data.annotations import formats, run_lengths
 from useg.data.annotations.formats import Reading, read_json, read_json_lines, read_xml
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
@@ -142,6 +143,65 @@ def test_a_large_file_of_tiny_items_is_refused(name, content, read, tmp_path, mo
     monkeypatch.setattr(formats, "_LARGE_BYTES", 100)
     with pytest.raises(DataError, match="nested items in"):
         read(path)
+
+
+RUN_ROWS = "".join(f"p0.jpg,class {k},{12 * k + 1} 1 {12 * k + 4} 2\n" for k in range(5))
+
+
+@pytest.mark.parametrize(
+    ("limit", "sentence"),
+    [
+        ("_MAX_ROWS", "has more than 4 rows of run lengths; remove"),
+        ("_MAX_ROWS_OF_AN_IMAGE", "has more than 4 rows of run lengths of 'p0.jpg'"),
+        ("MAX_CLASSES", "has more than 4 classes"),
+    ],
+)
+def test_a_table_of_very_many_runs_or_classes_is_refused(limit, sentence, tmp_path, monkeypatch):
+    write_photo(tmp_path / "p0.jpg")
+    write_file(tmp_path / "runs.csv", "ImageId,ClassId,EncodedPixels\n" + RUN_ROWS)
+    assert len(find_dataset(tmp_path).classes) == 6
+    monkeypatch.setattr(run_lengths, limit, 4)
+    with pytest.raises(DataError, match=sentence):
+        find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        ("1 1 " * 120 + "1 1", "has a row of 121 run lengths for an image of 12x10 pixels"),
+        ("5 1 7 " + "9" * 40, r"from pixel 5 to \d+, which overlap or do not fit"),
+        ("9" * 18 + " " + "9" * 18, r"from pixel \d+ to \d+, which overlap or do not fit"),
+    ],
+)
+def test_runs_that_no_image_can_have_are_refused(runs, sentence, tmp_path):
+    write_photo(tmp_path / "p0.jpg")
+    write_file(tmp_path / "runs.csv", f"ImageId,EncodedPixels\np0.jpg,{runs}\n")
+    with pytest.raises(DataError, match=sentence):
+        find_dataset(tmp_path)
+
+
+def test_a_row_of_very_many_runs_takes_little_memory_beside_its_text():
+    text = "1 1 " * 100_000 + "1 1"
+    tracemalloc.start()
+    try:
+        assert run_lengths._RUNS.fullmatch(text)
+        assert tracemalloc.get_traced_memory()[1] < len(text)
+        # The control: a group that may give back what it took remembers each run.
+        tracemalloc.reset_peak()
+        assert re.fullmatch(run_lengths._RUNS.pattern.removesuffix("+"), text)
+        assert tracemalloc.get_traced_memory()[1] > 10 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+def test_only_some_keys_of_a_record_of_run_lengths_are_looked_at(tmp_path):
+    write_photo(tmp_path / "p0.jpg")
+    record = {"ImageId": "p0.jpg"} | {f"k{k}": "1 1 3 1 5 1" for k in range(30_000)}
+    write_file(tmp_path / "runs.json", [record])
+    # Columns of runs were looked up in a list of all of them: four seconds.
+    started = time.process_time()
+    assert len(find_dataset(tmp_path).classes) < 110
+    assert time.process_time() - started < 0.5
 
 
 def test_label_studio_regions_without_labels_take_no_time_each_for_all_others(tmp_path):

@@ -13,8 +13,7 @@ import csv
 import io
 import itertools
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.data.annotations.formats import (
+    MAX_CLASSES,
     AnnotatedImage,
     Annotations,
     Reading,
@@ -37,7 +37,8 @@ from useg.folders import natural_key
 from useg.images.files import read_image
 from useg.parsing import decode_text, find_separator, open_file
 
-_RUNS = re.compile(r"[0-9]+ [0-9]+( [0-9]+ [0-9]+)*")
+# Possessive, because remembering where each run begins takes 100 times as much memory as text.
+_RUNS = re.compile(r"[0-9]+ [0-9]+(?: [0-9]+ [0-9]+)*+")
 _FEW_RUNS = re.compile(r"[0-9]+ [0-9]+ [0-9]+ [0-9]+ [0-9]+ [0-9]+")
 _RUNS_HEADER = re.compile(
     r"encoded.?pixels?|encod(ed|ing)?|(?<![a-z])rles?(?![a-z])|run.?lengths?"
@@ -52,6 +53,9 @@ _NUM_BYTES_LOOKED_AT = 1 << 16
 _EMPTY = ("", "-1", "nan")
 # A line with more cells is skipped.
 _MAX_COLUMNS = 100
+# Rows of a table, of which Kaggle's largest has 333,415, and of one image, of which no more could
+# be drawn.
+_MAX_ROWS, _MAX_ROWS_OF_AN_IMAGE = 500_000, 50_000
 # Images whose masks show the order of the runs, and how much better one order must be.
 _NUM_ORDERED = 8
 _MIN_GAIN = 1.1
@@ -124,7 +128,7 @@ def _rows_of_json(content: Any) -> Iterator[list[str]]:
     Instead of one text with runs, there may be a list of them. Other content has no rows.
     """
     if isinstance(content, list) and content and isinstance(content[0], dict):
-        keys = list(content[0])
+        keys = list(itertools.islice(content[0], _MAX_COLUMNS))
         yield keys
         for record in (each for each in content if isinstance(each, dict)):
             cells = (record.get(key) for key in keys)
@@ -233,10 +237,11 @@ def _read_rows(
     path: Path, table: Iterable[list[str]], columns: _RunColumns, reading: Reading
 ) -> tuple[dict[str, AnnotatedImage], dict[str, _Rows]]:
     """Return an entry for each image of a table, and the rows of those that have some."""
-    rows = itertools.islice(table, 1, None)
     entries: dict[str, AnnotatedImage] = {}
-    listed: dict[str, tuple[list[str], array[int], list[int]]] = {}
-    for row in rows:
+    # The class of each row, starts and lengths in turn, and how many runs there are so far.
+    listed: dict[str, tuple[list[str], list[NDArray[np.int64]], list[int]]] = {}
+    classes: set[str] = set()
+    for row in _limit_rows(path, table):
         if len(row) <= max(columns.image, *columns.runs, columns.kind or 0):
             continue
         image, kind = row[columns.image], "" if columns.kind is None else row[columns.kind]
@@ -247,23 +252,50 @@ def _read_rows(
             entries[image] = _entry(path, image)
             reading.check_count(path, len(entries))
             if reading.find(entries[image]) is not None:
-                listed[image] = [], array("q"), []
+                listed[image] = [], [], [0]
         for column, of_column in zip(columns.runs, columns.names, strict=True):
             if row[column] in _EMPTY or image not in listed:
                 continue
             with reading.skipping(path, "run lengths", image):
                 name = of_column or kind or "foreground"
                 name = normalize_class_name(f"class {name}" if name.isdecimal() else name)
-                runs = _parse_runs(row[column], entries[image])
+                runs = _parse_runs(row[column], entries[image], reading)
                 names, numbers, ends = listed[image]
-                numbers.extend(runs)
+                numbers.append(runs)
                 names.append(name)
-                ends.append(len(numbers) // 2)
+                ends.append(ends[-1] + len(runs) // 2)
+                classes.add(name)
+        _check_counts(path, image, listed.get(image, ((),))[0], classes)
     return entries, {
-        image: _Rows(names, np.array(numbers, np.int64).reshape(-1, 2).T, np.array(ends, np.int64))
+        image: _Rows(names, np.concatenate(numbers).reshape(-1, 2).T, np.array(ends[1:], np.int64))
         for image, (names, numbers, ends) in listed.items()
         if names
     }
+
+
+def _limit_rows(path: Path, table: Iterable[list[str]]) -> Iterator[list[str]]:
+    for count, row in enumerate(table):
+        if count > _MAX_ROWS:
+            raise DataError(
+                f"'{path}' has more than {_MAX_ROWS:,} rows of run lengths; remove those of images "
+                "that are not there"
+            )
+        # The first one is the header.
+        if count:
+            yield row
+
+
+def _check_counts(path: Path, image: str, rows: Sequence[str], classes: Collection[str]) -> None:
+    if len(rows) > _MAX_ROWS_OF_AN_IMAGE:
+        raise DataError(
+            f"'{path}' has more than {_MAX_ROWS_OF_AN_IMAGE:,} rows of run lengths of '{image}'; "
+            "remove some"
+        )
+    if len(classes) > MAX_CLASSES:
+        raise DataError(
+            f"'{path}' has more than {MAX_CLASSES} classes; check which column has the classes, or "
+            "export fewer"
+        )
 
 
 def _confirm_start(
@@ -301,18 +333,26 @@ def _entry(path: Path, image: str) -> AnnotatedImage:
     return AnnotatedImage(path, image, Drawing((), (0, 0)))
 
 
-def _parse_runs(text: str, entry: AnnotatedImage) -> array[int]:
+def _parse_runs(text: str, entry: AnnotatedImage, reading: Reading) -> NDArray[np.int64]:
     """Return the starts and the lengths of runs in turn, as they are written.
 
     Raises:
-        DataError: They are no runs.
+        DataError: They are no runs, or more than the image has pixels.
     """
     if not _RUNS.fullmatch(text):
         raise DataError(
             f"'{entry.file}' ({entry.image}) has {text[:20]!r} where it should have run lengths, "
             "start length start length ...; correct or remove that row"
         )
-    return array("q", map(int, text.split()))
+    width, height = reading.size(entry)
+    count = text.count(" ") // 2 + 1
+    if count > width * height:
+        raise DataError(
+            f"'{entry.file}' ({entry.image}) has a row of {count:,} run lengths for an image of "
+            f"{width}x{height} pixels; correct or remove that row"
+        )
+    # Numbers that are too large become the largest.
+    return np.fromstring(text, np.int64, sep=" ")
 
 
 def _find_start(found: Iterable[_Rows]) -> tuple[int | None, tuple[str, ...]]:

@@ -134,6 +134,10 @@ class Drawing:
     shapes: tuple[Shape, ...]
     size: tuple[int, int] | None = None
 
+    def __hash__(self) -> int:
+        # An image may have thousands of shapes.
+        return hash((self.size, len(self.shapes)))
+
 
 def pack_outline(points: Iterable[Sequence[Any]], source: str) -> bytes:
     """Pack an outline's corners (x, y) for :class:`Shape`; they may lie outside the image.
