@@ -40,9 +40,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def make_network(name: str) -> Segmenter:
-    """An untrained model of one of ``NETWORKS`` for CARLA's classes; always the same."""
+    """An untrained model of one of ``NETWORKS`` for CARLA's classes; always the same.
+
+    Any other name is that of an encoder.
+    """
     torch.manual_seed(0)
-    settings = {"width": 4, "normalize": True, **NETWORKS[name], "channels": 3, "classes": 13}
+    chosen = NETWORKS.get(name, {"encoder": name})
+    settings = {"width": 4, "normalize": True, **chosen, "channels": 3, "classes": 13}
     model = Segmenter(
         settings,
         CARLA,

@@ -43,6 +43,24 @@ def test_every_network_is_exported_for_every_size(name: str, suffix: str, tmp_pa
             )
 
 
+@pytest.mark.parametrize("name", [*NETWORKS, "resnet50"])
+def test_batch_normalisation_is_part_of_the_convolutions_that_are_exported(name: str) -> None:
+    model = make_network(name)
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            for numbers in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+                assert numbers is not None
+                numbers.uniform_(0.5, 1.5)
+    folded = exported._fold_normalization(model)
+    side = model.valid_size(64)
+    x = torch.randint(256, (2, 3, side, side + model.stride))
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules())
+    assert all(norm in [*model.modules()] for norm in norms), "the model itself stays as it is"
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_the_exported_model_carries_its_description(suffix: str, valid: Path) -> None:
     predictor = useg.load(valid / f"model{suffix}")
