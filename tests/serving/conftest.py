@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_serving import save_run
+from made_serving import make_network, save_run
 
 from useg.inference import exported
 from useg.models.segmenter import Segmenter
 from useg.scenes.scene import write_scenes
 from useg.serving import export
 
+# Models that were converted to ONNX: each, its weights then, and the file.
+known: list[tuple[Segmenter, dict[str, torch.Tensor], bytes]] = []
 
-@pytest.fixture(autouse=True, scope="session")
+
+@pytest.fixture(autouse=True, scope="module")
 def converted_once() -> Iterator[None]:
     """Convert each model to ONNX once."""
-    known: list[tuple[Segmenter, dict[str, torch.Tensor], bytes]] = []
     convert = exported.to_onnx
 
     def remembered(model: Segmenter) -> bytes:
@@ -43,6 +45,13 @@ def converted_once() -> Iterator[None]:
         yield
 
 
+def without_entries(path: Path) -> bytes:
+    """Return an ONNX file as it was converted, without the description and the digest."""
+    content, text = exported.read_onnx(path)
+    entries = ("useg", text), ("sha256", "0" * 64)
+    return content[: -sum(len(exported._metadata_entry(*entry)) for entry in entries)]
+
+
 @pytest.fixture(scope="session")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of an unpadded U-Net, and beside it what it was exported to.
@@ -57,6 +66,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [sys.executable, "-m", "useg", *command], capture_output=True, text=True, check=True
         )
         (folder / "printed.json").write_text(json.dumps([done.stdout, done.stderr]))
+        model = make_network("valid")
+        known.append((model, model.state_dict(), without_entries(folder / "model.onnx")))
     if find_spec("openvino"):
         export.export_model(run_folder, folder / "model.xml")
     return folder
