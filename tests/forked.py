@@ -1,9 +1,9 @@
 """Runs ``useg train`` in processes forked from this one, which has loaded everything.
 
-To start and kill such a process costs milliseconds, not seconds. Commands are read from standard
-input, a JSON list per line; the answers are the id of the process, and its exit status when it has
-ended. The runs save their checkpoint after every step, onto a slow disk. With the argument
-``plain`` they write it straight onto the file, which is the fault that the test must find.
+To start and kill such a process costs milliseconds, not seconds. Standard input has a line for each
+run: its command as a JSON list. The answers are the id of the process, and its exit status when it
+has ended. The runs save their checkpoint after every step, onto a slow disk. After the word
+``plain`` a run writes it straight onto the file, which is the fault that the test must find.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def straight_onto(path: Path, is_own: object) -> Iterator[Path]:
 
 def run(arguments: list[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    pause = PAUSE
+    if arguments[0] == "plain":
+        pause, checkpoint.replacing = PAUSE_OF_FAULT, straight_onto
+        arguments = arguments[1:]
+    Path.write_bytes = functools.partialmethod(write_slowly, pause=pause)
     try:
         main(arguments)
     except SystemExit as end:
@@ -65,11 +70,7 @@ if __name__ == "__main__":
         importlib.import_module(name)
     torch.set_num_threads(1)
     checkpoint.MIN_SAVE_INTERVAL_SECONDS, checkpoint.MAX_SAVE_SHARE = 0.0, 1e9
-    pause = PAUSE_OF_FAULT if "plain" in sys.argv else PAUSE
-    Path.write_bytes = functools.partialmethod(write_slowly, pause=pause)
     pictures._render = render_nothing
-    if "plain" in sys.argv:
-        checkpoint.replacing = straight_onto
     for line in sys.stdin:
         pid = os.fork()
         if not pid:

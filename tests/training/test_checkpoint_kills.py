@@ -37,14 +37,13 @@ class Forks:
 
     Args:
         folder: For the cache and the errors.
-        words: Arguments of ``forked.py``.
     """
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.errors, self.cache = folder / "errors.txt", folder / "cache"
         environment = {**os.environ, "USEG_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
         with self.errors.open("wb") as errors:
-            program = [sys.executable, str(Path(__file__).parent.parent / "forked.py"), *words]
+            program = [sys.executable, str(Path(__file__).parent.parent / "forked.py")]
             self.server = subprocess.Popen(
                 program,
                 stdin=subprocess.PIPE,
@@ -61,8 +60,11 @@ class Forks:
         self.server.kill()
         self.server.communicate()
 
-    def start(self, data: Path, out: Path, epochs: int = 8) -> int:
-        """Start a run or continue it; return the id of the process."""
+    def start(self, data: Path, out: Path, epochs: int = 8, *, plain: bool = False) -> int:
+        """Start a run or continue it; return the id of the process.
+
+        A ``plain`` run writes its checkpoint straight onto the file.
+        """
         settings = (
             "model.width=4",
             "model.depth=2",
@@ -72,6 +74,7 @@ class Forks:
             "data.size=48x32",
         )
         words = [
+            *["plain"] * plain,
             "--quiet",
             "train",
             str(data),
@@ -151,7 +154,7 @@ PHASES = ("start", "training", "report")
 
 
 def kills(
-    forks: Forks, data: Path, run: Path, life: float, seed: int
+    forks: Forks, data: Path, run: Path, life: float, seed: int, *, plain: bool = False
 ) -> Iterator[tuple[str, list[str]]]:
     """Kill a run five times, and continue it each time.
 
@@ -166,7 +169,7 @@ def kills(
         status = 0
         # It may end before it is killed.
         while status == 0:
-            pid = forks.start(data, run)
+            pid = forks.start(data, run, plain=plain)
             while PHASES.index(phase_of(run)) < PHASES.index(wanted) and not forks.ended(0.002):
                 pass
             if not forks.ended(draw.uniform(0, 0.2 * life)):
@@ -183,10 +186,10 @@ def phase_of(run: Path) -> str:
     return "report" if (run / "curves.png").exists() else "training" if has_steps else "start"
 
 
-def finish(forks: Forks, data: Path, run: Path) -> float:
+def finish(forks: Forks, data: Path, run: Path, *, plain: bool = False) -> float:
     """Let a run continue to its end; return how many seconds that took."""
     began = time.perf_counter()
-    forks.start(data, run)
+    forks.start(data, run, plain=plain)
     assert forks.status() == 0, forks.errors.read_text()
     return time.perf_counter() - began
 
@@ -209,16 +212,15 @@ def test_run_killed_at_any_moment_ends_as_if_it_had_not_been(
 
 
 def test_kills_reveal_a_checkpoint_written_without_replacing(
-    disc_folder: Path, tmp_path: Path
+    forks: Forks, disc_folder: Path, tmp_path: Path
 ) -> None:
-    with Forks(tmp_path, "plain") as forks:
-        life = finish(forks, disc_folder, tmp_path / "whole")
-        found = (
-            names
-            for seed in range(10)
-            for _, names in kills(forks, disc_folder, tmp_path / f"run {seed}", life, seed)
-        )
-        assert any("state.pt" in names for names in found)
+    life = finish(forks, disc_folder, tmp_path / "whole", plain=True)
+    found = (
+        names
+        for seed in range(10)
+        for _, names in kills(forks, disc_folder, tmp_path / f"run {seed}", life, seed, plain=True)
+    )
+    assert any("state.pt" in names for names in found)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
