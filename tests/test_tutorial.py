@@ -21,9 +21,9 @@ NOTEBOOK = jupytext.read(DOCS / "tutorial.py")
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 # All of it runs in the test; what more scenes show is for readers.
 FEWER = {
-    "k, (128, 96)) for k in range(200)": "k, (128, 96)) for k in range(24)",
+    "k, (128, 96)) for k in range(200)": "k, (128, 96)) for k in range(12)",
     "k, (128, 96)) for k in range(40)": "k, (128, 96)) for k in range(12)",
-    'WORK / "streets", 120,': 'WORK / "streets", 40,',
+    'WORK / "streets", 120,': 'WORK / "streets", 16,',
 }
 WRONG = {  # nearly right: the mistakes that a reader would make
     "output_size": lambda size, depth: size - 184,
