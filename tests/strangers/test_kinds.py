@@ -5,6 +5,7 @@ What a sensible user expects is read, or is said with a way out.
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from useg.data.dataset import Dataset, read_label
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
 from useg.errors import DataError
+from useg.images.files import read_image
 from useg.reporting.inspection import inspect_dataset
 
 Change = Callable[[np.ndarray, int], np.ndarray]
@@ -661,3 +663,56 @@ def test_names_without_ids_are_said_in_their_order(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "classes.txt").write_text("\n".join(NAMES))
     assert "(0 sky, 1 house, 2 lawn and 3 ball)" in find_dataset(tmp_path).notes[0]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_images_beside_their_masks_are_cut_by_lines_of_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: int
+) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        sides = [image, COLORS[label]] if half else [COLORS[label], image]
+        save(tmp_path / "data" / ("train" if k < 3 else "val") / f"{k}.png", np.hstack(sides))
+    side = ("left", "right")[half]
+    with pytest.raises(DataError, match=f"The {side} half of '.*' and others has") as raised:
+        find_dataset(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    exec("import" + str(raised.value).partition("\nimport")[2], {})
+    dataset = find_dataset(tmp_path / "OUT")
+    assert [pair.split for pair in dataset.pairs] == ["train"] * 3 + ["val"] * 2
+    assert set(dataset.classes.colors) <= {tuple(color) for color in COLORS.tolist()}
+    assert np.array_equal(read_image(dataset.pairs[0].image), yard(0)[0])
+
+
+def test_two_photographs_side_by_side_are_no_mask(tmp_path: Path) -> None:
+    for k in range(4):
+        save(tmp_path / f"{k}.png", np.hstack([yard(k)[0], yard(k + 9)[0]]))
+    with pytest.raises(DataError, match="no pairs of image and mask") as raised:
+        find_dataset(tmp_path)
+    assert "half" not in str(raised.value)
+
+
+def test_images_of_two_times_are_joined_as_bands(tmp_path: Path) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        save(tmp_path / "A" / f"{k}.png", image)
+        save(tmp_path / "B" / f"{k}.png", paint(COLORS[label][:, ::-1], np.random.default_rng(k)))
+        save(tmp_path / "label" / f"{k}.png", (label == 1).astype(np.uint8) * 255)
+    with pytest.raises(DataError, match=r"show what has changed between them, join the bands"):
+        find_dataset(tmp_path)
+
+
+def test_tables_may_name_images_by_folder_and_number(tmp_path: Path) -> None:
+    # As UW-Madison's do on Kaggle.
+    rows = ["id,class,segmentation"]
+    for case, k in itertools.product((1, 2), range(4)):
+        image, label = yard(k + 10 * case)
+        scans = tmp_path / "train" / f"case{case}" / f"case{case}_day0" / "scans"
+        save(scans / f"slice_{k + 1:04}_32_48_1.50_1.50.png", image)
+        runs = np.flatnonzero(np.diff(np.pad((label == 1).ravel().astype(np.int8), 1))) + 1
+        text = " ".join(f"{one} {other - one}" for one, other in runs.reshape(-1, 2))
+        rows.append(f"case{case}_day0_slice_{k + 1:04},stomach,{text}")
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    dataset = find_dataset(tmp_path)
+    assert (len(dataset.pairs), dataset.classes.names) == (8, ("background", "stomach"))
+    assert np.array_equal(read_label(dataset.pairs[5], dataset), yard(21)[1] == 1)

@@ -67,6 +67,8 @@ from useg.parsing import open_file
 _NUM_TRIED = 3
 # A band of more values is no mask.
 _MAX_FEW_VALUES = 16
+# Of the neighbours in a mask, fewer than that share differ, and in an image so many times more.
+_MAX_PLAIN_CHANGES, _MIN_RATIO_OF_CHANGES = 0.5, 2.0
 # Annotation files that are examined beside masks: this many, and this many bytes at both ends.
 _MAX_ANNOTATION_FILES = 8
 _END_BYTES = 4096
@@ -539,6 +541,43 @@ def _advise_arrays(folder: Path, archives: Sequence[Path]) -> str:
     )
 
 
+def _find_mask_half(path: Path) -> int | None:
+    """Return which half of a picture alone has plain areas, like a mask: 0 left, 1 right."""
+    pixels = read_image(path)
+    half = pixels.shape[1] // 2
+    if half <= pixels.shape[0] // 2 or pixels.shape[1] % 2:
+        return None
+    changing = [
+        float((part[:, 1:] != part[:, :-1]).any(axis=2).mean())
+        for part in (pixels[:, :half], pixels[:, half:])
+    ]
+    is_plain = [share < _MAX_PLAIN_CHANGES for share in changing]
+    is_clear = max(changing) >= max(_MAX_PLAIN_CHANGES, _MIN_RATIO_OF_CHANGES * min(changing))
+    return is_plain.index(True) if is_clear and any(is_plain) else None
+
+
+def _advise_halves(folder: Path, images: Sequence[Path], half: int) -> str:
+    """Return lines of Python that cut pictures of an image beside its mask, as pix2pix has them."""
+    names = ("masks", "images") if half == 0 else ("images", "masks")
+    colors = ". JPEG has altered colours of masks: list the true ones in OUT/classes.toml with "
+    colors += "by_color = true, and run useg inspect OUT --fix"
+    colors *= images[0].suffix.lower() in (".jpg", ".jpeg")
+    return (
+        f"The {('left', 'right')[half]} half of '{images[0]}' and others has plain areas, like a "
+        "mask beside its image. If so, these lines of Python cut them into the folder OUT"
+        f"{colors}:\n"
+        "import pathlib, PIL.Image\n"
+        f"for path in pathlib.Path({str(folder)!r}).rglob('*{images[0].suffix}'):\n"
+        "    picture = PIL.Image.open(path).convert('RGB')\n"
+        "    half = picture.width // 2\n"
+        f"    for name, left in ({names[0]!r}, 0), ({names[1]!r}, half):\n"
+        f"        place = path.relative_to({str(folder)!r}).with_suffix('.png')\n"
+        "        target = pathlib.Path('OUT', name) / place\n"
+        "        target.parent.mkdir(parents=True, exist_ok=True)\n"
+        "        picture.crop((left, 0, left + half, picture.height)).save(target)"
+    )
+
+
 def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str:
     """Say what to do with a folder in which no pairs were found.
 
@@ -567,6 +606,9 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
             read_size(path)
         except UsageError as error:
             return str(error)
+    halves = {_find_mask_half(path) for path in images[:_NUM_TRIED]}
+    if len(images) >= _NUM_TRIED and halves in ({0}, {1}):
+        return _advise_halves(folder, images, 0 if 0 in halves else 1)
     if images and all(map(_has_mask_as_fourth_band, images[:_NUM_TRIED])):
         return (
             f"The fourth band of '{images[0]}' and others, or their transparency, has few values, "

@@ -276,7 +276,8 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     raise OpenChoiceError(
         f"there are {len(sets)} sets of images for the same masks: {listed}, and it is unclear "
         f"which of them to use. The masks are {masks_listed}. If these sets are bands of the same "
-        "images, join the bands of each image in one TIFF or .npy",
+        "images, or if the masks show what has changed between them, join the bands of each image "
+        "in one TIFF or .npy: numpy.save('images/NAME.npy', numpy.dstack([one, other]))",
         _as_candidates(sets, files),
         _weigh(truths),
     )

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -44,6 +45,7 @@ _ONE_IMAGE_KEYS = (b'"imagePath"', b'"imgHeight"', b'"geometryType"', b"<Vertex"
 _MAX_ITEMS_OF_AN_IMAGE = 500_000
 # Letters as escapes, or UTF-16, would hide these keys; no tool writes so many points like that.
 _HIDDEN_KEYS = re.compile(rb"\\u00[4-7]|\0")
+_UP_TO_NUMBER = re.compile(r"^[^0-9]+[0-9]+(?=[^0-9])")
 
 # An XML element has at most so many attributes, and a file so many different names: each of them
 # takes time and memory.
@@ -279,7 +281,22 @@ class Reading:
         named = _parts_of_name(entry.image)
         name = named[-1] if named else ""
         tried = dict.fromkeys((name, unquote(name), *entry.others))
-        return next(filter(None, map(self._named, tried)), [])
+        found = next(filter(None, map(self._named, tried)), [])
+        return found or self._by_folder.get(name.casefold(), [])
+
+    @cached_property
+    def _by_folder(self) -> dict[str, list[Path]]:
+        """Images by a folder and their stem, or what it begins with up to its first number.
+
+        UW-Madison's tables call ``case1_day0/scans/slice_0001_266.png`` ``case1_day0_slice_0001``.
+        """
+        found: dict[str, list[Path]] = defaultdict(list)
+        for image in self.images:
+            starts = {image.stem, *_UP_TO_NUMBER.findall(image.stem)}
+            for folder in image.parts[-3:-1]:
+                for start in starts:
+                    found[f"{folder}_{start}".casefold()].append(image)
+        return found
 
     def _choose(self, candidates: Sequence[Path], entry: AnnotatedImage) -> Path:
         named = _parts_of_name(entry.image)
