@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from made_inference import make_model_of, skip_if_missing, store
+from torch import nn
 
+from useg.classes import ClassTable
 from useg.errors import UsageError
 from useg.inference import exported
 from useg.inference.runtimes import StoredModel, make_probe, start_runtime
+from useg.models.encoders import EncoderUNet, ExpandingLevel
 from useg.models.segmenter import Segmenter, save_model
 
 
@@ -98,6 +102,36 @@ def test_the_first_size_of_parallel_images_has_its_own_graph_with_the_same_numbe
     for found, logits in zip([run(x) for x in images], expected, strict=True):
         np.testing.assert_array_equal(found, logits)
     assert shapes == ["[?,3,?,?]", "[1,3,40,48]", "[?,3,?,?]"]
+
+
+@pytest.mark.parametrize("detail", [True, False])
+def test_transposed_levels_compute_the_same(detail: bool) -> None:
+    torch.manual_seed(0)
+    network = EncoderUNet("lite0", 3, 5, width=4, detail=detail).eval()
+    for level in network.merge:
+        # As after folding the batch normalisation.
+        assert isinstance(level, ExpandingLevel)
+        level[1] = nn.Identity()
+        conv = level[0]
+        conv.register_parameter("bias", nn.Parameter(torch.randn(len(conv.weight))))
+    x = torch.randn(2, 3, 32, 96)
+    with torch.no_grad():
+        expected = network(x)
+        exported.transpose_levels(network)
+        torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
+    kinds = [type(level).__name__ for level in network.merge]
+    assert kinds == ["ExpandingLevel", *["TransposedLevel"] * 4]
+
+
+def test_only_the_deepest_level_of_an_openvino_graph_repeats_pixels() -> None:
+    skip_if_missing("openvino")
+    settings = {"encoder": "lite0", "width": 4, "channels": 3, "classes": 5}
+    model = Segmenter(settings, ClassTable(tuple("abcde")), [0.0] * 3, [1.0] * 3).eval()
+    graph = exported.to_openvino(model)
+    kinds = Counter(operation.get_type_name() for operation in graph.get_ordered_ops())
+    assert (kinds["Interpolate"], kinds["ConvolutionBackpropData"]) == (1, 4)
+    assert isinstance(model.network, EncoderUNet)
+    assert isinstance(model.network.merge[4], ExpandingLevel), "the model itself has changed"
 
 
 def test_errors_of_onnx_runtime_are_one_sentence(forms: StoredModel) -> None:

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, conv_transpose2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from useg.errors import MachineError, ModelError, need
@@ -36,6 +37,7 @@ from useg.inference.graph_checks import MAX_ONNX_BYTES, MAX_XML_BYTES, check_ope
 from useg.inference.tiles import LogitsFunction
 from useg.machine import measure_seconds
 from useg.models.description import unusable
+from useg.models.encoders import EncoderUNet, ExpandingLevel
 from useg.models.segmenter import Segmenter
 from useg.ownership import is_own_openvino
 from useg.parsing import read_limited, shorten
@@ -238,6 +240,9 @@ def to_openvino(model: Segmenter) -> Any:
     Batch, height and width are free, as far as the network allows.
     """
     openvino = import_openvino()
+    model = _fold_normalization(model)
+    if isinstance(model.network, EncoderUNet):
+        transpose_levels(model.network)
     side = model.valid_size(1) + 2 * model.stride
     x = torch.zeros(2, model.channels, side, side + model.stride)
     with warnings.catch_warnings():
@@ -253,6 +258,55 @@ def to_openvino(model: Segmenter) -> Any:
     processor = openvino.preprocess.PrePostProcessor(graph)
     processor.input().tensor().set_element_type(openvino.Type(np.dtype(model.pixels)))
     return _with_tensor_names(processor.build())
+
+
+def transpose_levels(network: EncoderUNet) -> None:
+    """Replace levels of an expanding path without batch normalisation by :class:`TransposedLevel`.
+
+    The deepest level stays as it is. Its input may be negative, and OpenVINO would not compute its
+    transposed convolution in 8 bits.
+    """
+    channels = 0
+    for k, level in enumerate(network.merge):
+        assert isinstance(level, ExpandingLevel)
+        if k:
+            network.merge[k] = TransposedLevel(level, channels)
+        channels = level.get_parameter("0.weight").shape[0]
+
+
+class TransposedLevel(nn.Module):
+    """A level of an expanding path in a form that OpenVINO computes faster.
+
+    The level convolves repeated pixels with 3x3 weights, so several weights multiply the same
+    pixel. Their sums are the weights of a 4x4 transposed convolution, which takes each pixel once.
+    It has 4 instead of 9 multiplications per result, and the repeated and concatenated features
+    are not stored. The results are equal, except for rounding.
+
+    Args:
+        level: The level.
+        channels: C, number of channels that come from the level below.
+    """
+
+    def __init__(self, level: ExpandingLevel, channels: int) -> None:
+        super().__init__()
+        weight = level.get_parameter("0.weight").detach()  #  (D, C + S, 3, 3)
+        # (C, D, 4, 4)
+        self.weight = torch.einsum("rh,cw,dkhw->kdrc", _SUMS, _SUMS, weight[:, :channels])
+        self.skip_weight = weight[:, channels:]
+        self.bias = level.get_parameter("0.bias")
+        self.rest = nn.Sequential(*[*level][1:])
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Compute the same as :meth:`ExpandingLevel.forward`."""
+        y = conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+        if skip is not None:
+            y = y + conv2d(skip, self.skip_weight, padding=1)
+        out: Tensor = self.rest(y)  #                             (N, D, 2h, 2w)
+        return out
+
+
+# Which rows (or columns) of 3x3 weights add up to which rows of the 4x4 transposed weights.
+_SUMS = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 
 
 def openvino_from_onnx(content: bytes) -> Any:

@@ -255,6 +255,15 @@ def convolve_upsampled(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tenso
     return y
 
 
+class ExpandingLevel(DoubleConv):
+    """Upsampling, a skip connection, and two 3x3 convolutions with ReLU."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Compute (N, D, 2h, 2w) of ``x`` (N, C, h, w) and ``skip`` (N, S, 2h, 2w)."""
+        assert isinstance(self[0], nn.Conv2d)
+        return self.finish(convolve_upsampled(self[0], x, skip))
+
+
 def shortcut(channels: int, width: int, stride: int) -> nn.Sequential | None:
     """Make the projection of a block's input where its shape differs from the output, else None."""
     if stride == 1 and channels == width:
@@ -433,7 +442,7 @@ class EncoderUNet(nn.Module):
         )
         sources = [below + skip for below, skip in zip([deepest, *widths], skips, strict=False)]
         self.merge = nn.ModuleList(
-            DoubleConv(source, size, padding="same", normalize=True)
+            ExpandingLevel(source, size, padding="same", normalize=True)
             for source, size in zip(sources, widths, strict=True)
         )
         self.head = nn.Conv2d(width, classes, 1)
@@ -449,10 +458,7 @@ class EncoderUNet(nn.Module):
         x, skips = skips.pop(), details + skips
         compiled = expand_together(self.merge, x, skips) if self.training else None
         for merge in self.merge if compiled is None else ():
-            assert isinstance(merge, DoubleConv)
-            assert isinstance(merge[0], nn.Conv2d)
-            # (N, 128 to 16, 2h, 2w)
-            x = merge.finish(convolve_upsampled(merge[0], x, skips.pop() if skips else None))
+            x = merge(x, skips.pop() if skips else None)  #  (N, 128 to 16, 2h, 2w)
         logits: Tensor = self.head(x if compiled is None else compiled)  #  (N, K, H, W)
         return logits
 
