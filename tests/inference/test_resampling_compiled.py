@@ -89,6 +89,32 @@ def test_labels_are_those_of_pytorch_to_the_last_bit(
         assert (found == _label_resized(logits, *after)).all()
 
 
+def regions(height: int, width: int, margin: float, seed: int) -> NDArray[np.float32]:
+    """Return logits of six classes; in squares of 24 pixels one is larger by about a margin."""
+    random = np.random.default_rng(seed)
+    logits = 100 * np.repeat(random.standard_normal((1, height, width)), 6, 0)
+    squares = random.integers(0, 6, (-(-height // 24), -(-width // 24)))
+    largest = squares.repeat(24, 0).repeat(24, 1)[:height, :width]
+    steps = margin * random.uniform(1, 2, (height, width))
+    return (logits + steps * (np.arange(6)[:, None, None] == largest)).astype(np.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("margin", [5.0, 1e-3, 1e-4, 3e-5])
+def test_labels_of_large_regions_are_those_of_pytorch(margin: float, tmp_path: Path) -> None:
+    kernel = resampling._find_kernel(_label_resized, _label_probe)
+    if kernel is None:
+        pytest.skip("PyTorch rounds in another way here")
+    without = compile_changed(tmp_path, "#define ROUNDING 1e-6f", "#define ROUNDING -1.0f")
+    wrong = 0
+    for seed in range(3):
+        logits = regions(70, 90, margin, seed)
+        expected = _label_resized(logits, 210, 280)
+        assert (resampling._label(kernel, logits, 210, 280) == expected).all()
+        wrong += (resampling._label(without, logits, 210, 280) != expected).sum()
+    assert (wrong > 0) == (margin < 1e-4), "rounding decides no pixel, or too many"
+
+
 def noise(height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
     shape = height, width, channels
     return np.random.default_rng(height).integers(0, 256, shape, np.uint8)

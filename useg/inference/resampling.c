@@ -2,7 +2,9 @@
 
    Images are Pillow's to the bit. Logits are resized and compared in one pass, which does not store
    them. Their numbers are those of PyTorch's bilinear interpolation of columns, then of rows with
-   the pixels of a row as channels: the same products, rounded at the same places. */
+   the pixels of a row as channels: the same products, rounded at the same places. Where one class
+   is the largest at all neighbouring pixels, it is the largest between them, too, so most blocks
+   are not resized. */
 
 #include <math.h>
 #include <stdint.h>
@@ -11,7 +13,9 @@
 
 #define LANES 16
 /* Columns that are compared at a time: their numbers fit into the registers. */
-#define BLOCK 64
+#define BLOCK 32
+/* Interpolated logits are off by less than this share of the largest logit. */
+#define ROUNDING 1e-6f
 /* PyTorch computes the last columns, fewer than these, in another order. */
 #define GROUP 8
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -90,43 +94,129 @@ static uint8_t choose_last(const float *first, const float *second, float weight
     return label;
 }
 
+/* A row of logits (classes, w), and what is known of each of its pixels. */
+typedef struct {
+    int64_t number;
+    /* 2 * LANES copies of the last pixel follow the others. */
+    float *logits;
+    /* The largest class of each pixel, and how much larger it is than any other. */
+    uint8_t *classes;
+    float *margins;
+    /* The largest absolute value of the row. */
+    float largest;
+    /* The row at its new width, and the blocks of it that have been computed. */
+    float *resized;
+    uint8_t *is_resized;
+} row;
+
+static void read_row(const float *logits, int64_t classes, int64_t step, int64_t w, row *to) {
+    const int64_t length = w + 2 * LANES;
+    for (int64_t k = 0; k < classes; k++) {
+        memcpy(to->logits + k * length, logits + k * step, w * sizeof *logits);
+        for (int64_t x = w; x < length; x++) to->logits[k * length + x] = logits[k * step + w - 1];
+    }
+    float largest[LANES] = {0};
+    for (int64_t x = 0; x < w; x += LANES) {
+        float best[LANES], second[LANES];
+        int32_t label[LANES];
+        for (int j = 0; j < LANES; j++) best[j] = second[j] = -INFINITY, label[j] = 0;
+        for (int64_t k = 0; k < classes; k++) {
+            const float *values = to->logits + k * length + x;
+            for (int j = 0; j < LANES; j++) {
+                const float value = values[j], smaller = MIN(value, best[j]);
+                label[j] = value > best[j] ? (int32_t)k : label[j];
+                best[j] = MAX(value, best[j]);
+                second[j] = MAX(smaller, second[j]);
+                largest[j] = MAX(fabsf(value), largest[j]);
+            }
+        }
+        for (int j = 0; j < LANES; j++) to->classes[x + j] = label[j];
+        for (int j = 0; j < LANES; j++) to->margins[x + j] = best[j] - second[j];
+    }
+    to->largest = 0;
+    for (int j = 0; j < LANES; j++) to->largest = MAX(largest[j], to->largest);
+}
+
+/* The class that is largest at all pixels from ``start`` to ``stop`` of two rows, and so everywhere
+   between them; -1 if there is none, or rounding could make another as large. */
+static int find_only_class(const row *first, const row *second, int64_t start, int64_t stop) {
+    const float margin = ROUNDING * MAX(first->largest, second->largest);
+    const uint8_t class = first->classes[start];
+    int others = 0;
+    for (int64_t x = start; x < stop; x++) {
+        others |= (first->classes[x] != class) | (second->classes[x] != class);
+        others |= !(first->margins[x] > margin) | !(second->margins[x] > margin);
+    }
+    return others ? -1 : class;
+}
+
 /* logits (classes, h, w) -> labels (height, width); returns whether there was no memory. */
 int useg_label(const float *logits, int64_t classes, int64_t h, int64_t w, int64_t height,
                int64_t width, uint8_t *labels) {
-    const int64_t step = (width + BLOCK - 1) / BLOCK * BLOCK, size = classes * step;
-    float *rows = aligned_alloc(64, 2 * size * sizeof *rows);
+    const int64_t blocks = (width + BLOCK - 1) / BLOCK, step = blocks * BLOCK;
+    const int64_t length = w + 2 * LANES, size = classes * step;
+    float *resized = aligned_alloc(64, 2 * size * sizeof *resized);
     float *weights = aligned_alloc(64, step * sizeof *weights);
     int32_t *lows = aligned_alloc(64, step * sizeof *lows);
-    float *padded = malloc((w + 2 * LANES) * sizeof *padded);
-    uint8_t *line = malloc(step);
-    const int failed = !rows || !weights || !lows || !padded || !line;
+    float *numbers = malloc(2 * (classes + 1) * length * sizeof *numbers);
+    uint8_t *bytes = malloc(2 * length + 2 * blocks + step);
+    int *only = malloc(blocks * sizeof *only);
+    const int failed = !resized || !weights || !lows || !numbers || !bytes || !only;
+    uint8_t *line = bytes + 2 * length + 2 * blocks;
     for (int64_t x = 0; !failed && x < step; x++) {
         const place p = find_place(MIN(x, width - 1), w, width);
         lows[x] = p.low, weights[x] = p.weight;
     }
     /* Two neighbouring rows are kept, each where its number is even or odd. */
-    int64_t kept[2] = {-1, -1};
+    row rows[2];
+    for (int k = 0; k < 2; k++)
+        rows[k] = (row){-1,
+                        numbers + k * classes * length,
+                        bytes + k * length,
+                        numbers + (2 * classes + k) * length,
+                        0,
+                        resized + k * size,
+                        bytes + 2 * length + k * blocks};
+    int64_t compared = -1;
     for (int64_t y = 0; !failed && y < height; y++) {
         const place p = find_place(y, h, height);
-        const int64_t low = p.low, high = MIN(low + 1, h - 1);
-        for (int64_t row = low; row <= high; row++) {
-            if (kept[row % 2] == row) continue;
-            kept[row % 2] = row;
-            for (int64_t k = 0; k < classes; k++) {
-                memcpy(padded, logits + (k * h + row) * w, w * sizeof *padded);
-                for (int j = 0; j < 2 * LANES; j++) padded[w + j] = padded[w - 1];
-                resize_row(padded, w <= width, step, lows, weights,
-                           rows + row % 2 * size + k * step);
-            }
+        const int64_t high = MIN(p.low + 1, h - 1);
+        row *first = rows + p.low % 2, *second = rows + high % 2;
+        for (int64_t number = p.low; number <= high; number++) {
+            row *one = rows + number % 2;
+            if (one->number == number) continue;
+            one->number = number;
+            memset(one->is_resized, 0, blocks);
+            read_row(logits + number * w, classes, h * w, w, one);
         }
-        const float *first = rows + low % 2 * size, *second = rows + high % 2 * size;
-        for (int64_t x = 0; x < step; x += BLOCK)
-            choose(first + x, second + x, p.weight, classes, step, line + x);
+        for (int64_t k = 0; k < blocks && compared != p.low; k++) {
+            const int64_t last = lows[(k + 1) * BLOCK - 1] + 1;
+            only[k] = find_only_class(first, second, lows[k * BLOCK], MIN(last, w - 1) + 1);
+        }
+        compared = p.low;
+        for (int64_t k = 0; k < blocks; k++) {
+            const int64_t x = k * BLOCK;
+            if (only[k] >= 0) {
+                memset(line + x, only[k], BLOCK);
+                continue;
+            }
+            for (int j = 0; j < 2; j++) {
+                row *one = j ? second : first;
+                if (one->is_resized[k]) continue;
+                one->is_resized[k] = 1;
+                for (int64_t class = 0; class < classes; class++)
+                    resize_row(one->logits + class * length, w <= width, BLOCK, lows + x,
+                               weights + x, one->resized + class * step + x);
+            }
+            choose(first->resized + x, second->resized + x, p.weight, classes, step, line + x);
+        }
         for (int64_t x = width / GROUP * GROUP; x < width; x++)
-            line[x] = choose_last(first + x, second + x, p.weight, classes, step);
+            if (only[x / BLOCK] < 0)
+                line[x] = choose_last(first->resized + x, second->resized + x, p.weight, classes,
+                                      step);
         memcpy(labels + y * width, line, width);
     }
-    free(rows), free(weights), free(lows), free(padded), free(line);
+    free(resized), free(weights), free(lows), free(numbers), free(bytes), free(only);
     return failed;
 }
 
