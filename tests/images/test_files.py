@@ -346,7 +346,7 @@ def test_pictures_are_written_by_suffix_and_whole(tmp_path):
         UsageError, match=r"a picture is written as .png, .jpg, .jpeg, but the suffix is '.webm'"
     ):
         files.write_picture(tmp_path / "a.webm", RGB)
-    with pytest.raises(UsageError, match=r"the name is 'a.jpg'; end it in .png"):
+    with pytest.raises(UsageError, match=r"but the file is named 'a.jpg'; end it in .png"):
         files.write_label(tmp_path / "a.jpg", GREY, CARLA)
     with pytest.raises(UsageError, match="cannot be written"):
         files.write_label(tmp_path / "none" / "a.png", GREY, CARLA)

@@ -104,7 +104,7 @@ def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
         with pytest.raises(
             UsageError,
             match=(
-                f"the environment variable USEG_MAX_PIXELS is '{wrong}', but it is a number of "
+                f"the environment variable USEG_MAX_PIXELS is '{wrong}', which is not a number of "
                 "pixels; set a whole number above 0"
             ),
         ):

@@ -312,7 +312,9 @@ def test_missing_strips_are_not_filled_with_zeros(tmp_path):
 def test_a_ring_of_pages_does_not_turn_for_ever():
     page = grey_tiff(2, 2, 4)
     size = 6 + 12 * len(page)
-    refused(tiff(page, page, following=(8 + size, 8), behind=b"abcd"), r"its pages form a ring")
+    refused(
+        tiff(page, page, following=(8 + size, 8), behind=b"abcd"), r"its list of pages is circular"
+    )
     far = [page] * 150  # tifffile looks for rings at its hundredth page only
     refused(
         tiff(
@@ -320,7 +322,7 @@ def test_a_ring_of_pages_does_not_turn_for_ever():
             following=(*(8 + (k + 1) * size for k in range(149)), 8 + 120 * size),
             behind=b"abcd",
         ),
-        r"its pages form a ring",
+        r"its list of pages is circular",
     )
 
 
@@ -336,7 +338,7 @@ def test_tags_that_claim_the_same_bytes_over_and_over_are_refused():
     content = tiff(
         grey_tiff(2, 2, 4) | dict.fromkeys(GEO_TAGS, (12, 2500, 8)), behind=bytes(20_000)
     )
-    refused(content, "its directories claim more than the file holds")
+    refused(content, "its directories declare more data than the file holds")
 
 
 def test_pages_may_share_what_they_point_at():
@@ -389,7 +391,7 @@ def test_a_tile_of_a_gigapixel_is_refused():
             {tag: value for tag, value in tags.items() if tag not in (273, 278, 279)},
             behind=bytes(9),
         ),
-        "a strip or tile of it has 4,294,967,296 bytes of pixels, the whole image only 256",
+        "one of its strips or tiles has 4,294,967,296 bytes of pixels, the whole image only 256",
     )
 
 
@@ -399,7 +401,7 @@ def test_a_jpeg_larger_than_its_strip_is_refused():
     )
     place = content.index(b"\xff\xc0")
     content[place + 5 : place + 9] = struct.pack(">HH", 30000, 30000)
-    refused(bytes(content), "a strip or tile of 16x16 pixels declares 30000x30000")
+    refused(bytes(content), "one of its strips or tiles of 16x16 pixels declares 30000x30000")
 
 
 def test_a_cut_jpeg_is_not_half_a_picture():
@@ -413,7 +415,7 @@ def test_a_cut_jpeg_is_not_half_a_picture():
         start, length = opened.pages[0].dataoffsets[0], opened.pages[0].databytecounts[0]
     refused(
         content[: start + length // 2] + bytes(length - length // 2) + content[start + length :],
-        "a strip or tile of it is cut off",
+        "one of its strips or tiles is cut off",
     )
 
 
@@ -529,7 +531,7 @@ def test_many_channels_of_few_pixels_are_bands():
 
 def test_a_description_with_entities_of_its_own_is_refused():
     text = ome("").replace("<OME>", '<!DOCTYPE a [<!ENTITY x "yyyyyyyyyyyy">]><OME>')
-    refused(described(text), "its description defines entities of its own")
+    refused(described(text), "its description defines XML entities")
 
 
 def test_an_ome_description_may_store_its_planes_in_another_order():
@@ -550,7 +552,7 @@ def test_one_directory_may_stand_for_a_stack_that_the_file_holds(description):
     content = written(STACK[0], description=description, metadata=None) + STACK[1:].tobytes()
     for page in (0, 5):
         assert np.array_equal(files.decode_image(content, page=page)[..., 0], STACK[page])
-    refused(content[: -STACK[0].nbytes], "its description tells of 6 images, but it holds 5")
+    refused(content[: -STACK[0].nbytes], "its description declares 6 images, but it holds 5")
 
 
 def test_an_index_beside_a_file_opens_no_other_file(tmp_path):

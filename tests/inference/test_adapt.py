@@ -88,7 +88,7 @@ def test_agreement_counts_the_pixels_on_which_all_views_agree(objects: bool) -> 
             [0.80, 0.82, 0.85, 0.84],
             [1, 1, 1, 1],
             0.4,
-            "with 40 % of the new statistics blended in, the predictions for changed views of an "
+            "with 40 % of the new statistics blended in, the predictions for augmented views of an "
             "image agree on 85.0 % of the pixels; without them, on 80.0 %",
         ),
         (
@@ -98,7 +98,7 @@ def test_agreement_counts_the_pixels_on_which_all_views_agree(objects: bool) -> 
             "image agree on 82.0 % of the pixels; without them",
         ),
         ([0.80, 0.85, 0.85, 0.99], [1, 0.8, 0.5, 0.5], 0, "would make it predict fewer classes"),
-        ([0.80, 0.801, 0.79, 0.7], [1, 1, 1, 1], 0, "and the new statistics do not raise this"),
+        ([0.80, 0.801, 0.79, 0.7], [1, 1, 1, 1], 0, "and the new statistics do not improve this"),
     ],
 )
 def test_share_is_chosen_without_labels(
@@ -143,7 +143,7 @@ def test_what_cannot_be_adapted_is_refused(model: Path, pictures: Path, tmp_path
     out = tmp_path / "adapted"
     for path in sorted(pictures.iterdir())[3:]:
         path.unlink()
-    with pytest.raises(DataError, match="has 3 images, but statistics need 4 or more"):
+    with pytest.raises(DataError, match="has 3 images, but batch statistics need 4 or more"):
         useg.adapt(model, pictures, out)
     save_model(made_model(normalize=False), tmp_path / "plain.safetensors")
     with pytest.raises(ModelError, match="no batch normalisation, so there are no statistics"):

@@ -156,7 +156,9 @@ def test_images_that_are_called_like_masks_are_images(tmp_path: Path) -> None:
 
 def test_a_folder_with_images_only_below_it_names_the_folder_below(tmp_path: Path) -> None:
     save(tmp_path / "data" / "images" / "a.png", yard(0)[0])
-    with pytest.raises(UsageError, match=r"no image at .*data, only below, such as in .*images;"):
+    with pytest.raises(
+        UsageError, match=r"no image at .*data itself, only in its subfolders, such as .*images;"
+    ):
         find_images([str(tmp_path / "data")])
 
 
@@ -464,9 +466,7 @@ def test_shards_cover_all_once(folder: Path, tmp_path: Path) -> None:
 def test_shards_are_parsed_and_impossible_ones_refused() -> None:
     assert parse_shard("2/3") == (2, 3)
     for text in ("0/3", "4/3", "2", "a/b", "1/0", "-1/3", "1.5/2", ""):
-        with pytest.raises(
-            UsageError, match=r"is not a part of a job; give i/n with i from 1 to n, such as 2/3"
-        ):
+        with pytest.raises(UsageError, match=r"is not a shard; give I/N with I from 1 to N: 2/3"):
             parse_shard(text)
 
 

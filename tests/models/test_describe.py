@@ -164,5 +164,5 @@ def test_a_size_that_does_not_fit_is_refused() -> None:
 
 
 def test_an_operation_without_a_rule_is_named() -> None:
-    with pytest.raises(UsageError, match=r"operation 'Sigmoid' is not known"):
+    with pytest.raises(UsageError, match=r"operation 'Sigmoid' is unknown"):
         describe(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sigmoid()), (8, 8))

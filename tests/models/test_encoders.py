@@ -355,7 +355,7 @@ def test_files_without_usable_weights_are_refused(tmp_path: Path) -> None:
     network = EncoderUNet("resnet18")
     with pytest.raises(
         UsageError,
-        match=r"no package brings the weights of resnet18; give a file as model.weights, "
+        match=r"no package contains weights of resnet18; give a file as model.weights, "
         r".*or choose one of lite0",
     ):
         load_pretrained(network)

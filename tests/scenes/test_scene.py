@@ -208,7 +208,7 @@ def test_an_empty_folder_is_filled_and_another_seed_makes_other_scenes(tmp_path:
             "scenes of 64x4097 pixels cannot be made; give a width and a height of 32 to 4096, "
             "such as 256x192",
         ),
-        ({"seed": -1}, "the seed is -1, but seeds are whole numbers from 0; give another one"),
+        ({"seed": -1}, "the seed is -1, but it must not be negative; give a whole number from 0"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_anything_is_written(
@@ -225,10 +225,10 @@ def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(
         UsageError,
-        match="is a file, but scenes go into a new or empty folder; give another one or remove it",
+        match="is a file, but scenes need a new or empty folder; choose another one or remove it",
     ):
         write_scenes(tmp_path / "file", 1, (32, 32))
-    with pytest.raises(UsageError, match="is not empty, but scenes go into a new or empty folder"):
+    with pytest.raises(UsageError, match="is not empty, but scenes need a new or empty folder"):
         write_scenes(tmp_path, 1, (32, 32))
     with pytest.raises(UsageError, match=r"cannot be written \(.+\); choose another folder"):
         write_scenes(tmp_path / "file" / "scenes", 1, (32, 32))

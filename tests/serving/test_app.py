@@ -312,7 +312,7 @@ def test_a_refusal_wakes_no_thread(site: Site) -> None:
             "/predict",
             {},
             400,
-            "the request has no body; send an image file as the body, or as a file of a form",
+            "the request has no body; send an image file as the body, or in a form",
         ),
         (
             b"hello",

@@ -142,5 +142,5 @@ def test_other_classes_are_refused(dataset: Dataset, valid: Path) -> None:
     other = replace(
         runtime, description=replace(runtime.description, classes=useg.ClassTable(("a", "b")))
     )
-    with pytest.raises(UsageError, match="has other classes than the model"):
+    with pytest.raises(UsageError, match="does not have the classes of the model"):
         quantization.quantize(None, ".xml", other, dataset)

@@ -378,7 +378,7 @@ def test_unusable_targets_models_and_archives_are_refused(
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     (tmp_path / "plain").write_text("a file")
     for out, expected in (
-        ("full", "holds files that are not a site"),
+        ("full", "contains files that useg export did not write"),
         ("plain", "is a file; give a folder for the site"),
     ):
         assert command("export", str(run), str(tmp_path / out)) == 2

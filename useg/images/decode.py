@@ -332,7 +332,7 @@ def _unknown_format(start: bytes) -> Exception:
 
 def _check_length(num_bytes: int, most: int) -> None:
     if num_bytes > most + EXTRA_BYTES:
-        raise ValueError(f"it takes {num_bytes:,} bytes to hold {most:,} bytes of pixels")
+        raise ValueError(f"it stores {num_bytes:,} bytes for {most:,} bytes of pixels")
 
 
 def _png(file: BinaryIO) -> Container:
@@ -451,7 +451,7 @@ def _gif(file: BinaryIO) -> Container:
         if kind[:1] == b",":
             break
         if kind[:1] in (b";", b""):
-            raise ValueError("it has no picture")
+            raise ValueError("it contains no image")
         start = place
         if kind[:1] != b"!":
             place += 1
@@ -500,7 +500,7 @@ def _webp(file: BinaryIO) -> Container:
             exif = file.read(min(length, _MAX_EXIF_BYTES))
         place += 8 + length + length % 2
     if picture is None:
-        raise ValueError("it has no picture")
+        raise ValueError("it contains no image")
     file.seek(picture[0])
     wide, high = _webp_size(file.read(18))
     width, height = canvas or (wide, high)
@@ -542,9 +542,9 @@ def _bmp(file: BinaryIO) -> Container:
     if compression in _BMP_RUNS:
         held = (width * height, size, _RLE_HELD)
         if width * height > _MAX_RLE_PIXELS or size > _MAX_RLE_BYTES:
-            raise UnreadableError("it is a large BMP of run lengths")
+            raise UnreadableError("it is a large BMP with run-length encoding")
     elif compression not in (_BMP_PLAIN, _BMP_MASKS):
-        raise UnreadableError(f"it is a BMP of compression {compression}")
+        raise UnreadableError(f"it is a BMP with compression type {compression}")
     start = int.from_bytes(head[10:14], "little")
     length = size if compression in _BMP_RUNS else min(size, start + held[0] + EXTRA_BYTES)
     return Container("BMP", (width, height), max(bits // 8, 1), ((0, length),), held)

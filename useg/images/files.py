@@ -407,7 +407,7 @@ def write_label(path: Path, label: Label, table: ClassTable, mark: str = "") -> 
     """
     if path.suffix.lower() != ".png":
         raise SettingsError(
-            f"a label map is written as PNG, but the name is '{path.name}'; end it in .png"
+            f"label maps are written as PNG, but the file is named '{path.name}'; end it in .png"
         )
     with replacing(path, is_own_label_map if mark else is_own_mask) as draft:
         draft.write_bytes(encode_label(label, table, mark or MASK_MARK))

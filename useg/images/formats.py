@@ -223,8 +223,8 @@ def pixel_limit(max_pixels: int | None) -> int:
     text = os.environ.get("USEG_MAX_PIXELS", "") or str(MAX_PIXELS)
     if not text.isascii() or not text.replace("_", "").isdigit() or int(text) < 1:
         raise SettingsError(
-            f"the environment variable USEG_MAX_PIXELS is {text!r}, but it is a number of pixels; "
-            "set a whole number above 0, or unset it"
+            f"the environment variable USEG_MAX_PIXELS is {text!r}, which is not a number of "
+            "pixels; set a whole number above 0, or unset it"
         )
     return int(text)
 

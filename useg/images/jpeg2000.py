@@ -115,7 +115,7 @@ def read_codestream(file: BinaryIO, place: int, end: int) -> Codestream:
     file.seek(place)
     head = file.read(42)
     if head[:4] != CODESTREAM_START:
-        raise PIL.UnidentifiedImageError("its codestream does not begin with a size")
+        raise PIL.UnidentifiedImageError("its codestream does not begin with a SIZ segment")
     right, bottom, left, top, wide, high, tile_x, tile_y = struct.unpack_from(">8I", head, 8)
     (bands,) = struct.unpack_from(">H", head, 40)
     components = file.read(3 * bands)
@@ -127,7 +127,7 @@ def read_codestream(file: BinaryIO, place: int, end: int) -> Codestream:
         raise ValueError(f"it declares {bands:,} bands, more than {MAX_BANDS}")
     steps = [*zip(components[1::3], components[2::3], strict=True)]
     if {*steps} != {(1, 1)} and (steps[:3] not in _COLOR_STEPS or {*steps[3:]} - {(1, 1)}):
-        raise ValueError("its bands have sizes that do not fit together")
+        raise ValueError("the sizes of its bands are inconsistent")
     if -(-(right - tile_x) // wide) * -(-(bottom - tile_y) // high) * _MIN_TILE_BYTES > end:
         raise ValueError("it declares more tiles than it can hold")
     layers = 1
@@ -156,7 +156,7 @@ def _segments(file: BinaryIO, place: int, end: int) -> Iterator[tuple[int, bytes
     while place + 4 <= end:
         left -= 1
         if left < 0:
-            raise ValueError("it has very many marker segments")
+            raise ValueError("it has too many marker segments")
         file.seek(place)
         marker, length = struct.unpack(">HH", file.read(4))
         if marker == _END:
@@ -168,7 +168,7 @@ def _segments(file: BinaryIO, place: int, end: int) -> Iterator[tuple[int, bytes
             (tile_bytes,) = struct.unpack_from(">I", file.read(6), 2)
             tile_end = place + tile_bytes if tile_bytes else end
             if tile_end < place + 12:
-                raise ValueError("a tile of it is shorter than its header")
+                raise ValueError("one of its tiles is shorter than its header")
         if marker in (_STYLE, _BAND_STYLE):
             yield marker, file.read(max(length - 2, 0))
         place += 2 + max(length, 2)
@@ -198,11 +198,15 @@ def _check_style(
         most = max(most, precincts_here)
     values = width * height * bands
     if blocks * bands > _MAX_BLOCKS + values // _VALUES_PER_BLOCK:
-        raise ValueError(f"a tile of it has {blocks * bands:,} code blocks, more than images have")
+        raise ValueError(
+            f"one of its tiles has {blocks * bands:,} code blocks, more than any image needs"
+        )
     if precincts * bands > _MAX_PRECINCTS + values // _VALUES_PER_PRECINCT:
-        raise ValueError(f"a tile of it has {precincts * bands:,} precincts, more than images have")
+        raise ValueError(
+            f"one of its tiles has {precincts * bands:,} precincts, more than any image needs"
+        )
     if (layers + 1) * bands * (levels + 1) * most > _MAX_PACKETS:
-        raise ValueError(f"it has {layers:,} layers, more than images have")
+        raise ValueError(f"it has {layers:,} layers, more than any image needs")
 
 
 def _count(length: int, exponent: int) -> int:
@@ -222,7 +226,7 @@ def find_codestream(file: BinaryIO, size: int, blocks: BlockCount) -> int:
                     file.seek(begin)
                     _check_palette(file.read(3))
     if not places:
-        raise ValueError("it has no picture")
+        raise ValueError("it contains no image")
     return places[0]
 
 
@@ -240,6 +244,6 @@ def _boxes(
             start += 8
         stop = min(place + length, end) if length else end
         if stop < start:
-            raise ValueError("a box of it is shorter than its header")
+            raise ValueError("one of its boxes is shorter than its header")
         yield kind, start, stop
         place = stop

@@ -244,7 +244,7 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], boo
         # The messages of NumPy and Python are for programmers.
         raise ValueError("its header is not that of an array") from error
     if dtype.kind not in "buif":
-        raise UnreadableError(f"it stores {dtype} and not numbers")
+        raise UnreadableError(f"it stores {dtype} instead of numbers")
     if min(shape, default=0) < (1 if len(shape) > 2 else 0):
         raise ValueError(f"it declares the shape {shape}")
     return shape, dtype, by_columns
@@ -327,7 +327,7 @@ def decode_pnm(content: bytes, _: int) -> StoredPixels:
         pixels: NDArray[Any] = digits[: math.prod(shape)]
     elif header.kind in (2, 3):
         if body.translate(None, b"0123456789 \t\r\n\v\f"):
-            raise ValueError("it has text that is no number")
+            raise ValueError("it contains text that is not a number")
         pixels = np.fromstring(body, np.int64, math.prod(shape), sep=" ")
     elif header.kind == 4:
         row = -(-header.width // 8)
@@ -384,7 +384,7 @@ def _check_dicom_frame(
     if syntax == _DICOM_RUNS:
         most = size[0] * size[1] * int(dataset.BitsAllocated) * int(dataset.SamplesPerPixel) // 4
         if len(frame) > min(most + EXTRA_BYTES, _MAX_RUNS_BYTES):
-            raise UnreadableError("it is a large DICOM file of run lengths")
+            raise UnreadableError("it is a large DICOM file with run-length encoding")
         return
     file = io.BytesIO(frame)
     container = read_container(file)

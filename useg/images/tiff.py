@@ -187,7 +187,7 @@ def _planes_behind(first: Any, described: int, size: int) -> int:
     if described == 1 or held < 2:
         return 1
     if described > held:
-        raise ValueError(f"its description tells of {described:,} images, but it holds {held:,}")
+        raise ValueError(f"its description declares {described:,} images, but it holds {held:,}")
     return described
 
 
@@ -314,7 +314,7 @@ def check_segments(file: BinaryIO, plane: Any) -> None:
     segment = math.prod(plane.chunks) * plane.dtype.itemsize
     if segment > max(plane.nbytes, MAX_SEGMENT_BYTES):
         raise ValueError(
-            f"a strip or tile of it has {segment:,} bytes of pixels, the whole image only "
+            f"one of its strips or tiles has {segment:,} bytes of pixels, the whole image only "
             f"{plane.nbytes:,}"
         )
     held = _find_segments(plane, file_bytes(file))
@@ -322,7 +322,7 @@ def check_segments(file: BinaryIO, plane: Any) -> None:
     if num_bytes > 4 * file_bytes(file) + plane.nbytes:
         raise ValueError("its strips or tiles overlap")
     if max(count for _, count in held) > 4 * segment + EXTRA_BYTES:
-        raise ValueError("a strip or tile of it is longer than its pixels")
+        raise ValueError("one of its strips or tiles is longer than its pixels")
     # The last strip may be smaller.
     pixels = len(held) * segment if plane.is_tiled else min(plane.nbytes, len(held) * segment)
     bits = plane.bitspersample
@@ -348,7 +348,7 @@ def _find_segments(plane: Any, size: int) -> list[tuple[int, int]]:
     if min(len(offsets), len(counts)) < number:
         raise ValueError(f"it has {min(len(offsets), len(counts))} of {number} strips or tiles")
     if number > _MAX_SEGMENTS + plane.nbytes // _BYTES_PER_SEGMENT:
-        raise ValueError(f"it has {number:,} strips or tiles, more than images have")
+        raise ValueError(f"it has {number:,} strips or tiles, more than any image needs")
     held = [
         (offset, count)
         for offset, count in zip(offsets[:number], counts, strict=False)
@@ -365,18 +365,18 @@ def _check_jpeg(content: bytes, width: int, height: int, num_pixels: int) -> Non
     The decoder would allocate the former, and would not notice that the latter is cut off.
     """
     if not content.rstrip(b"\0").endswith(b"\xff\xd9"):
-        raise ValueError("a strip or tile of it is cut off")
+        raise ValueError("one of its strips or tiles is cut off")
     check_scans(content, num_pixels)
     for marker, place, _ in jpeg_segments(content):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             declared = struct.unpack_from(">HH", content, place + 5)
             if declared[0] > height or declared[1] > width:
                 raise ValueError(
-                    f"a strip or tile of {width}x{height} pixels declares "
+                    f"one of its strips or tiles of {width}x{height} pixels declares "
                     f"{declared[1]}x{declared[0]}"
                 )
             return
-    raise ValueError("a strip or tile of it declares no size")
+    raise ValueError("one of its strips or tiles declares no size")
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Directories:
             if not 8 <= place < self._size:
                 raise ValueError("a directory lies beyond the end of the file")
             if place in seen:
-                raise ValueError("its pages form a ring")
+                raise ValueError("its list of pages is circular")
             if len(seen) == MAX_PAGES:
                 raise ValueError(f"it has more than {MAX_PAGES:,} pages")
             seen.add(place)
@@ -151,7 +151,7 @@ class Directories:
         """Count bytes, because a hostile file may refer to the same ones a thousand times."""
         self._unclaimed -= num_bytes
         if self._unclaimed < 0:
-            raise ValueError("its directories claim more than the file holds")
+            raise ValueError("its directories declare more data than the file holds")
 
     def _raw(self, place: int) -> tuple[dict[int, tuple[int, int, bytes]], int]:
         """Return the tags of a directory as (type, count, value or its offset), and the next one.
@@ -202,7 +202,7 @@ class Directories:
         is_lsm = _LSM in raw
         if is_lsm and self._size >= 1 << 32:
             raise UnreadableError(
-                "it is an LSM of more than 4 GB, whose places of pages are cut off"
+                "it is an LSM file of more than 4 GB, and its 32-bit offsets cannot reach all pages"
             )
         # LSM files name a predictor even if it was not applied, because pixels are not compressed.
         compression = self._numbers(raw[_COMPRESSION]) if _COMPRESSION in raw else (1,)
@@ -475,4 +475,4 @@ class _OmeParser:
             raise _ParsedError
 
     def _refuse(self, *_: Any) -> None:
-        raise ValueError("its description defines entities of its own")
+        raise ValueError("its description defines XML entities")

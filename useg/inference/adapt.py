@@ -3,7 +3,7 @@
 Batch normalisation keeps the mean and the variance of every feature over the training images. In
 another light, season or laboratory they are others. Some of the new statistics, mixed into the old
 ones, often brings scores back (Schneider and others 2020, section 3). How much to mix is measured
-without labels: the model should give the same answer for an image and for changed views of it.
+without labels: the model should give the same answer for an image and for augmented views of it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MAX_SIDE = 512
 MIN_AGREEMENT_GAIN = 0.002
 MIN_VARIETY = 0.9
 
-# Contrast and brightness of the changed views; the first is flipped too.
+# Contrast and brightness of the augmented views; the first is flipped too.
 VIEWS = ((1.0, 0.0, True), (0.8, 0.15, False), (1.25, -0.15, False))
 
 
@@ -188,14 +188,14 @@ def _explain(best: float, agreement: dict[float, float], allowed: Sequence[float
     if best:
         return (
             f"with {100 * best:.0f} % of the new statistics blended in, the predictions for "
-            f"changed views of an image agree on {100 * agreement[best]:.1f} % of the pixels; "
+            f"augmented views of an image agree on {100 * agreement[best]:.1f} % of the pixels; "
             f"without them, on {before:.1f} %"
         )
     if len(allowed) == 1:
         return "the model stays as it is: the new statistics would make it predict fewer classes"
     return (
-        "the model stays as it is: the predictions for changed views of an image agree on "
-        f"{before:.1f} % of the pixels, and the new statistics do not raise this"
+        "the model stays as it is: the predictions for augmented views of an image agree "
+        f"on {before:.1f} % of the pixels, and the new statistics do not improve this"
     )
 
 
@@ -204,8 +204,8 @@ def _read_pictures(model: Segmenter, pictures: str | os.PathLike[str]) -> list[T
     paths = pick_evenly(find_images([os.fspath(pictures)]), MAX_PICTURES)
     if len(paths) < _MIN_PICTURES:
         raise DataError(
-            f"{os.fspath(pictures)} has {format_count(len(paths), 'image')}, but statistics need "
-            f"{_MIN_PICTURES} or more; add images of the same kind"
+            f"{os.fspath(pictures)} has {format_count(len(paths), 'image')}, but batch statistics "
+            f"need {_MIN_PICTURES} or more; add images of the same kind"
         )
     images = []
     for path in paths:

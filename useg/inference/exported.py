@@ -473,7 +473,7 @@ def read_openvino(path: Path) -> tuple[Any, str]:
     weights_path = path.with_suffix(".bin")
     if not weights_path.is_file():
         raise ModelError(
-            f"{weights_path} holds the weights of {path}, but it is missing; copy both files"
+            f"{path} needs its weights, {weights_path}, which are missing; copy both files"
         )
     try:
         content = read_limited(path, MAX_XML_BYTES)
@@ -490,7 +490,7 @@ def read_openvino(path: Path) -> tuple[Any, str]:
         graph = import_openvino().Core().read_model(content, weights)
         return graph, graph.get_rt_info(["useg", "card"]).astype(str)
     except RuntimeError as error:
-        raise unusable(path, f"OpenVINO says {shorten(_one_line(error))}") from error
+        raise unusable(path, f"OpenVINO reports: {shorten(_one_line(error))}") from error
 
 
 def is_own_weights(path: Path) -> bool:

@@ -55,8 +55,8 @@ MAX_CONCURRENT_PIXELS = 400_000
 MAX_CONCURRENT_LOGITS = 50_000_000
 
 NOT_KEPT_APART = (
-    "the model has not learned to keep touching objects apart: each connected region of a class is "
-    "one object; to learn it, train on masks that number their objects, or on drawn shapes"
+    "the model cannot separate touching objects: each connected region of a class counts as one "
+    "object; to separate them, train on instance masks, or on annotations with a shape per object"
 )
 
 # Where the outputs besides label maps go.
@@ -191,7 +191,7 @@ def _images_at(source: str) -> list[Path]:
         paths = [Path(name) for name in names if os.path.isfile(name) or _is_zarr(name)]
     if not paths:
         inner = _find_inner_folder(source) if is_folder else ""
-        below = f", only below, such as in {inner}" if inner else ""
+        below = f" itself, only in its subfolders, such as {inner}" if inner else ""
         raise DataError(
             f"there is no image at {source}{below}; "
             f"give image files, a folder of them, or a quoted glob such as 'frames/*.png'"
@@ -249,8 +249,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     shard = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= shard[0] <= shard[1]:
         raise SettingsError(
-            f"{shorten(text)} is not a part of a job; "
-            f"give i/n with i from 1 to n, such as 2/3 for the second of three"
+            f"{shorten(text)} is not a shard; "
+            f"give I/N with I from 1 to N: 2/3 is the second of three shards"
         )
     return shard
 
@@ -448,7 +448,10 @@ class Job:
         """
         names = [output.name for output, _ in list_outputs(self.out, path.stem, self.wanted)]
         if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in names):
-            return Failure(path, f"'{path}': names of its outputs are too long; shorten its name")
+            return Failure(
+                path,
+                f"'{path}': the names of its output files would be too long; shorten its name",
+            )
         try:
             with clear_errors(str(path)):
                 mark = image_mark(self.fingerprint, path)

@@ -135,20 +135,23 @@ def parse_onnx(content: bytes, source: object) -> Any:
         raise unusable(source, "it is not a valid ONNX file") from error
     graph = model.graph
     if model.functions or model.training_info or graph.sparse_initializer:
-        raise unusable(source, "it has functions, training steps or sparse weights")
+        raise unusable(source, "it has local functions, training steps or sparse weights")
     if len(graph.node) > MAX_OPERATIONS:
         raise unusable(source, f"it has {len(graph.node):,} operations")
-    for name, values in (("pixels", graph.input), ("logits", graph.output)):
+    for end, name, values in (
+        ("input", "pixels", graph.input),
+        ("output", "logits", graph.output),
+    ):
         if [value.name for value in values] != [name]:
-            raise unusable(source, f"its {name} are not its only input or output")
+            raise unusable(source, f"it needs one {end}, called {name}, and no other")
     tensors = list(graph.initializer)
     for node in graph.node:
         if node.op_type not in ONNX_OPERATIONS or node.domain not in ("", "ai.onnx"):
             kind = shorten(f"{node.domain}.{node.op_type}".lstrip("."))
-            raise unusable(source, f"it has the operation {kind}, which no export of useg has")
+            raise unusable(source, f"it has the operation {kind}, which useg never exports")
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs or attribute.HasField("sparse_tensor"):
-                raise unusable(source, "one of its operations runs another graph")
+                raise unusable(source, "one of its operations has a subgraph")
             tensors += [attribute.t] if attribute.HasField("t") else list(attribute.tensors)
     for tensor in tensors:
         _check_onnx_tensor(onnx, tensor, source)
@@ -262,7 +265,7 @@ def check_onnx(content: bytes, description: ModelDescription, source: object) ->
         for node in model.graph.node:
             outputs = [name for name in node.output if name]
             if missing := [name for name in outputs if name not in sizes]:
-                raise unusable(source, f"the size of {shorten(missing[0])} is not known")
+                raise unusable(source, f"the size of {shorten(missing[0])} cannot be inferred")
             results = {name: math.prod(sizes[name][0]) * sizes[name][1] for name in outputs}
             steps.append(Step(tuple(name for name in node.input if name not in known), results))
         needs.append(_check_memory(steps, "pixels", len(content), source) / side**2)
@@ -279,14 +282,14 @@ def _onnx_sizes(
     sized.graph.output[0].type.tensor_type.ClearField("shape")
     declared = sized.graph.input[0].type.tensor_type.shape
     if len(declared.dim) != len(shape):
-        raise unusable(source, "its pixels are not (N, C, H, W)")
+        raise unusable(source, "its input does not have the shape (N, C, H, W)")
     for dimension, side in zip(declared.dim, shape, strict=True):
         dimension.dim_value = side
     try:
         inferred = onnx.shape_inference.infer_shapes(sized, strict_mode=True, data_prop=True)
     # The checker's errors have no common class.
     except Exception as error:
-        raise unusable(source, "its shapes do not fit together") from error
+        raise unusable(source, "the shapes of its operations are inconsistent") from error
     sizes = {}
     for value in (*inferred.graph.value_info, *inferred.graph.output):
         kind = value.type.tensor_type
@@ -307,14 +310,14 @@ def check_openvino_files(content: bytes, weights: bytes, source: object) -> None
     if len(content) > MAX_XML_BYTES:
         raise unusable(source, f"it has {len(content):,} bytes without weights")
     if content.count(b"<") + content.count(b"=") > MAX_XML_MARKS:
-        raise unusable(source, "it has more elements and attributes than any export of useg")
+        raise unusable(source, "it has more elements and attributes than useg ever exports")
     if b"<!" in content or b"\0" in content:
-        raise unusable(source, "it declares a document type, which could define entities")
+        raise unusable(source, "it has a document type declaration, which could define entities")
     layers = 0
     try:
         for _, element in ElementTree.iterparse(io.BytesIO(content)):
             if element.tag == "dim" and not -1 <= int(element.text or "") < 1 << 31:
-                raise unusable(source, f"a side is {shorten(element.text)}")
+                raise unusable(source, f"a dimension is {shorten(element.text)}")
             if element.tag == "layer":
                 layers += 1
                 _check_openvino_layer(element, weights, source)
@@ -328,7 +331,7 @@ def check_openvino_files(content: bytes, weights: bytes, source: object) -> None
 def _check_openvino_layer(layer: Any, weights: bytes, source: object) -> None:
     kind = layer.get("type")
     if kind not in OPENVINO_OPERATIONS:
-        raise unusable(source, f"it has the operation {shorten(kind)}, which no export of useg has")
+        raise unusable(source, f"it has the operation {shorten(kind)}, which useg never exports")
     if kind != "Const":
         return
     values = layer.find("data").attrib if layer.find("data") is not None else {}
@@ -367,11 +370,11 @@ def check_openvino(
         try:
             sized.reshape([1, description.channels, side, side])
         except RuntimeError as error:
-            raise unusable(source, "its shapes do not fit together") from error
+            raise unusable(source, "the shapes of its operations are inconsistent") from error
         steps = []
         for operation in sized.get_ordered_ops():
             if any(output.get_partial_shape().is_dynamic for output in operation.outputs()):
-                raise unusable(source, "the size of a result is not known")
+                raise unusable(source, "the size of a result cannot be inferred")
             taken = tuple(_name(value.get_source_output()) for value in operation.inputs())
             if operation.get_type_name() not in ("Constant", "Parameter", "Result"):
                 results = {
@@ -400,7 +403,7 @@ def _check_logits(
     expected = 1, description.num_outputs, height, height
     if shape != expected:
         raise unusable(
-            source, f"its graph computes logits of shape {shape} where {expected} is described"
+            source, f"its logits have the shape {shape}, but its description says {expected}"
         )
 
 
@@ -425,12 +428,12 @@ def _check_memory(steps: Sequence[Step], image: str, num_bytes: int, source: obj
         peak = max(peak, live)
         live -= freed_after[k]
     if constant > MAX_CONSTANT_FACTOR * num_bytes + MIN_CONSTANT_BYTES:
-        raise unusable(source, f"its constants take {constant:,} bytes")
+        raise unusable(source, f"its constants need {constant:,} bytes of memory")
     return peak
 
 
 def _check_growth(needs: Sequence[float], source: object) -> int:
     small, large = needs
     if small * SIDES[0] ** 2 > MAX_SMALL_IMAGE_BYTES or large > MAX_GROWTH * small:
-        raise unusable(source, f"a pixel takes {large:,.0f} bytes of memory")
+        raise unusable(source, f"it needs {large:,.0f} bytes of memory for each pixel")
     return math.ceil(max(needs))

@@ -328,7 +328,7 @@ def _resize(
     sizes, taps = (h, w, height, width), [_integer_taps(w, width), _integer_taps(h, height)]
     axes = [(weights.shape[1], firsts.ctypes.data, weights.ctypes.data) for firsts, weights in taps]
     if kernel.useg_resize(image.ctypes.data, *sizes, *axes[0], *axes[1], resized.ctypes.data):
-        raise MemoryError("there is no memory for a resized image")
+        raise MemoryError("there is not enough memory for a resized image")
     return resized
 
 
@@ -344,5 +344,5 @@ def _label(
 ) -> NDArray[np.uint8]:
     labels, logits = np.empty((height, width), np.uint8), np.ascontiguousarray(logits)
     if kernel.useg_label(logits.ctypes.data, *logits.shape, height, width, labels.ctypes.data):
-        raise MemoryError("there is no memory for a label map")
+        raise MemoryError("there is not enough memory for a label map")
     return labels

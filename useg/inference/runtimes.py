@@ -249,7 +249,7 @@ def _start_or_fall_back(stored: StoredModel, name: str) -> Runtime:
     try:
         return start_runtime(stored, name)
     except FaultyDeviceError as error:
-        warn(f"{error}; the CPU computes instead", DeviceWarning, stacklevel=2)
+        warn(f"{error}; the CPU is used instead", DeviceWarning, stacklevel=2)
         return start_runtime(stored, stored.native)
 
 
@@ -276,7 +276,7 @@ def _checked(
         shape = len(x), description.num_outputs, height, width
         if logits.shape != shape or logits.dtype != np.float32:
             raise unusable(
-                source, f"it computes {logits.dtype} of shape {logits.shape}, not of {shape}"
+                source, f"it returns {logits.dtype} of shape {logits.shape} instead of {shape}"
             )
         with np.errstate(all="ignore"):
             finite = np.isfinite(logits.sum())

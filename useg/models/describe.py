@@ -178,8 +178,8 @@ def _rule(node: Any, fields: list[Field]) -> Field:
             return union(fields)
         case name:
             raise UsageError(
-                f"the receptive field of the operation {name!r} is not known; "
-                f"known are convolutions, poolings, upsampling and {', '.join(PIXELWISE)}"
+                f"the receptive field of the operation {name!r} is unknown; use convolutions, "
+                f"poolings, upsampling and {', '.join(PIXELWISE)} only"
             )
 
 

@@ -393,7 +393,7 @@ def _tables(checked: _ModelFile, source: str) -> dict[str, Any]:
         raise unusable(source, str(error).partition(";")[0]) from error
     if len(classes) != checked.network["classes"]:
         raise unusable(
-            source, f"it names {len(classes)} classes for {checked.network['classes']} logits"
+            source, f"it has {len(classes)} class names for {checked.network['classes']} logits"
         )
     if frame and frame[0] * frame[1] > pixel_limit(None):
         raise unusable(

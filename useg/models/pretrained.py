@@ -148,7 +148,7 @@ def packaged_weights(encoder: str) -> Path:
     """
     if encoder not in PACKAGED:
         raise ModelError(
-            f"no package brings the weights of {encoder}; give a file as model.weights, "
+            f"no package contains weights of {encoder}; give a file as model.weights, "
             f"set model.pretrained = false, or choose one of {', '.join(PACKAGED)}"
         )
     package, file, _ = PACKAGED[encoder]
@@ -250,7 +250,7 @@ class _LimitedReads:
     def read(self, size: int = -1) -> bytes:
         content = self._file.read(min(size, MAX_LIST_BYTES + 1) if size >= 0 else size)
         if len(content) > MAX_LIST_BYTES:
-            raise ValueError("the list of its parts is too long")
+            raise ValueError("its list of zip entries is too long")
         return content
 
 
@@ -258,9 +258,9 @@ def _check_archive(file: BinaryIO, num_bytes: int) -> None:
     with zipfile.ZipFile(cast(BinaryIO, _LimitedReads(file))) as archive:
         parts = archive.infolist()
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            raise ValueError("a part is compressed")
+            raise ValueError("one of its zip entries is compressed")
         if sum(part.file_size for part in parts) > num_bytes:
-            raise ValueError("its parts are larger than the file")
+            raise ValueError("its zip entries are larger than the file")
         pickles = [part for part in parts if part.filename.endswith(".pkl")]
         if [part.filename.rpartition("/")[2] for part in pickles] != ["data.pkl"]:
             raise ValueError("it does not have exactly one data.pkl")
@@ -281,9 +281,9 @@ def _check_legacy(file: BinaryIO) -> None:
 def _check_pickle(pickled: BinaryIO) -> None:
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL" and argument not in ALLOWED_GLOBALS:
-            raise ValueError(f"it names {shorten(argument)}")
+            raise ValueError(f"its pickle imports {shorten(argument)}")
         if opcode.name in ("INST", "OBJ", "NEWOBJ", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(f"it has the operation {opcode.name}")
+            raise ValueError(f"its pickle has the operation {opcode.name}")
 
 
 def _tensors_in(content: Any) -> Iterator[Tensor]:

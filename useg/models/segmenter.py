@@ -238,7 +238,7 @@ def load_model(path: Path) -> Segmenter:
         )
     check_weights(tensors, path)
     if not (tensors["std"] > 0).all():
-        raise unusable(path, "its tensor 'std' has deviations that are not above 0")
+        raise unusable(path, "its tensor 'std' has standard deviations that are not above 0")
     model.load_state_dict(tensors, assign=True)
     model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

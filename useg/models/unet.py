@@ -205,7 +205,7 @@ class UNet(nn.Module):
         if skips is not None and len(skips) != depth:
             raise SettingsError(
                 f"{len(skips)} skips are given for {depth} levels; "
-                "give one truth value for each level"
+                "give True or False for each level"
             )
         self.skips = tuple(skips) if skips is not None else (True,) * depth
         self.padding = padding

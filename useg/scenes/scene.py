@@ -223,7 +223,7 @@ def _check(seed: int, size: tuple[int, int]) -> None:
         )
     if seed < 0:
         raise UsageError(
-            f"the seed is {seed}, but seeds are whole numbers from 0; give another one"
+            f"the seed is {seed}, but it must not be negative; give a whole number from 0"
         )
 
 
@@ -252,7 +252,7 @@ def write_scenes(out: Path, count: int, size: tuple[int, int] = (256, 192), seed
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise UsageError(
-            f"{out} {what}, but scenes go into a new or empty folder; give another one or remove it"
+            f"{out} {what}, but scenes need a new or empty folder; choose another one or remove it"
         )
     make_folder(out.absolute().parent)
     with replacing_folder(out, never) as draft:

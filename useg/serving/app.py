@@ -65,7 +65,9 @@ _DOCUMENTATION: dict[str, Any] = json.loads((DOCS / "openapi.json").read_text("u
 
 FormatQuery = Annotated[
     ResponseFormat | None,
-    Query(description="Format of the response; by default what the header Accept prefers."),
+    Query(
+        description="Format of the response. By default, the one that the Accept header prefers."
+    ),
 ]
 NamePath = Annotated[str, PathParameter(description="Name of the model.")]
 
@@ -160,7 +162,7 @@ def _prediction_routes(service: Service) -> APIRouter:
         if not content:
             raise HTTPException(
                 400,
-                "the request has no body; send an image file as the body, or as a file of a form",
+                "the request has no body; send an image file as the body, or in a form",
             )
         if not is_form(request):
             return [Upload("the image", content)]

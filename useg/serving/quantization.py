@@ -141,13 +141,13 @@ def quantize(
 def _check_quantization_data(dataset: Dataset, description: ModelDescription) -> None:
     if dataset.classes.names != description.classes.names:
         raise DataError(
-            f"{dataset.root} has other classes than the model "
-            f"({', '.join(description.classes.names)}); give a data set with the model's classes"
+            f"{dataset.root} does not have the classes of the model "
+            f"({', '.join(description.classes.names)}); give a data set that has them"
         )
     if not (dataset.of("train") and dataset.of("val")):
         raise DataError(
-            f"{dataset.root} has no training or no held-out images, and 8 bits need both; choose "
-            "a split with data.split"
+            f"{dataset.root} has no training or no held-out images, but quantisation needs both; "
+            "choose a split with data.split"
         )
 
 

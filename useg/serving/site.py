@@ -168,7 +168,7 @@ def check_site_target(out: Path) -> None:
     recognize = _site_recognizer(out)
     if not recognize(out / _DESCRIPTION_NAME) and not _listed_files(out):
         raise SettingsError(
-            f"the folder {out} holds files that are not a site from useg export; give a new or "
+            f"the folder {out} contains files that useg export did not write; give a new or "
             "empty folder"
         )
     names = (*_read_page(), _DESCRIPTION_NAME, *(f"runtime/{name}" for name in RUNTIME_FILES))
