@@ -121,6 +121,16 @@ def test_a_thin_band_between_two_classes_is_mentioned(tmp_path: Path, width: int
     assert ("thin band" in kinds) == (width == 3)
 
 
+def test_objects_in_the_middle_have_no_frame(tmp_path: Path) -> None:
+    y, x = np.mgrid[:72, :96]
+    for k in range(8):
+        mask = (np.hypot(y - 35.5, x - 40 - k) < 20).astype(np.uint8)
+        for folder, pixels in (("images", 80 * mask + 3 * (x % 7)), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / folder / f"{k}.png")
+    assert "frame around masks" not in {each.kind for each in inspect_dataset(tmp_path).findings}
+
+
 def write_mask(root: Path, name: str, mask: np.ndarray) -> None:
     PIL.Image.fromarray(mask).save(root / "masks" / f"{name}.png")
 

@@ -36,9 +36,10 @@ _MIN_MASKS = 8
 # all for training.
 _MIN_SIZE_RATIO, _USUAL_SHARE = 1.5, 0.9
 
-# Masks have a frame if so many end at the same distance from the border, where that share of the
-# pixels is cut off.
+# Masks have a frame if so many end at the same distance from the border, which is so many pixels or
+# that share of the shorter side at most, and where that share is cut off at two sides.
 _MIN_FRAMED, _MIN_CUT = 0.5, 0.05
+_MAX_FRAME_PIXELS, _MAX_FRAME_SHARE = 3, 0.1
 
 # A class is a band if that share of its runs, in masks with so many, lies between the same two
 # others, with at most so many pixels or share of the width.
@@ -251,7 +252,10 @@ def check_frames(data: MeasuredDataset) -> Iterator[Finding]:
     width = min(frame.width for frame in frames)
     ids = set(data.ids(np.array([frame.code for frame in frames])).tolist())
     cut = [frame.cut for frame in frames if frame.width == width]
-    if len(cut) < _MIN_FRAMED * len(frames) or np.mean(cut) < _MIN_CUT or len(ids) > 1:
+    side = min(min(each.mask.size) for each in masks if each.mask is not None)
+    is_thin = width <= max(_MAX_FRAME_PIXELS, _MAX_FRAME_SHARE * side)
+    is_common = len(cut) >= _MIN_FRAMED * len(frames) and len(ids) == 1
+    if not (is_thin and is_common and np.mean(cut) >= _MIN_CUT):
         return
     k = ids.pop()
     if 0 <= k < len(data.dataset.classes):

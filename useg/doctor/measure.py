@@ -145,7 +145,8 @@ class MaskFrame:
     Args:
         code: the code.
         width: pixels from each side that have it; 0 if the outermost do not all have it.
-        cut: the share of other codes, 0 to 1, on the first lines within.
+        cut: the share of other codes, 0 to 1, on the first line within, at the side where it is the
+            second largest.
     """
 
     code: int = 0
@@ -514,7 +515,7 @@ def _find_frame(codes: CodeMap) -> MaskFrame:
     width = int(min(rows[0], H - 1 - rows[-1], columns[0], W - 1 - columns[-1]))
     within = is_other[width : H - width, width : W - width]
     lines = (within[0], within[-1], within[:, 0], within[:, -1])
-    return MaskFrame(int(codes[0, 0]), width, float(np.concatenate(lines).mean()))
+    return MaskFrame(int(codes[0, 0]), width, sorted(float(line.mean()) for line in lines)[-2])
 
 
 def _find_bands(

@@ -87,7 +87,10 @@ _CONVERSIONS = {
     ".psd .xcf .svg .pdf .ai .eps .tga .exr .hdr .jxl .pcx .ico .dds .fits .pam .pfm": (
         "convert them to PNG or TIFF, for example with ImageMagick"
     ),
-    ".geojson": "draw their polygons into a mask for each image, for example with gdal_rasterize",
+    ".geojson .shp .gpkg .kml": (
+        "draw their polygons into a mask for each image, for example with gdal_rasterize"
+    ),
+    ".roi": "they are outlines of ImageJ; save a mask for each image instead",
     ".ndjson": "export masks or COCO from the tool that wrote them",
     ".zip .tar .gz .tgz .7z .rar": "unpack them",
     ".tfrecord .parquet .pkl .pt .lmdb .mdb": "export their images as PNG",
