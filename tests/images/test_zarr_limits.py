@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from useg.errors import UsageError
+from useg.images import ome_zarr
 from useg.images.ome_zarr import is_zarr, open_zarr
 from useg.images.zarr_limits import ChunkLimits
 
@@ -39,6 +40,50 @@ def folder(tmp_path: Path, chunk: Any, array_path: str = "0", **array: Any) -> P
 def refused(path: Path, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         open_zarr(path)[0:64, 0:64]
+
+
+@pytest.mark.parametrize(
+    ("limit", "lowered", "array", "sentence"),
+    [
+        ("_MAX_CHUNKS", 3, {"chunks": [32, 32]}, "its 4,096 bytes are in 4 chunks"),
+        ("_MAX_CELL_BYTES", 1023, {"chunks": [4, 16]}, r"64x64 pixels of it have 4,096 bytes"),
+    ],
+)
+def test_very_many_or_large_chunks_at_a_time_are_refused(
+    tmp_path, monkeypatch, limit, lowered, array, sentence
+):
+    path = folder(tmp_path, b"", **array)
+    (path / "0" / "0.0").unlink()
+    monkeypatch.setattr(ome_zarr, "_BYTES_PER_CHUNK", 1 << 20)
+    # The control: missing chunks are read as zeros.
+    assert not open_zarr(path)[0:64, 0:64].any()
+    monkeypatch.setattr(ome_zarr, limit, lowered)
+    refused(path, sentence)
+
+
+def test_bands_count_as_declared_pixels(tmp_path):
+    path = folder(tmp_path, b"", shape=[10**6, 64, 64], chunks=[1, 64, 64])
+    axes = [{"name": "c", "type": "channel"}, *AXES]
+    (path / ".zattrs").write_text(json.dumps({"multiscales": [scales() | {"axes": axes}]}))
+    refused(path, r"it declares 4,096,000,000 pixels, but holds only \d+ bytes")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_place_that_is_not_finite_is_refused(tmp_path, number):
+    path = folder(tmp_path, PIXELS.tobytes())
+    step = '{"type": "scale", "scale": [1, ' + number + "]}"
+    text = json.dumps({"multiscales": [scales()]})
+    path.joinpath(".zattrs").write_text(
+        text.replace('{"path"', '{"coordinateTransformations": [' + step + '], "path"')
+    )
+    refused(path, "the size or place of its pixels is not finite")
+
+
+def test_what_an_error_repeats_of_a_file_is_cut(tmp_path):
+    path = folder(tmp_path, b"", dtype="|u" + "1" * 100_000)
+    with pytest.raises(UsageError) as caught:
+        open_zarr(path)
+    assert len(str(caught.value)) < 600 + len(str(path))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

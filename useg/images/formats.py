@@ -53,6 +53,8 @@ _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 FLAT_HELD, FLAT_PIXELS, JPEG_HELD = 4096, 25_000_000, 1024
 # An array or a JPEG 2000 with more bands is not an image.
 MAX_BANDS = 64
+# Some errors repeat a whole field of the file.
+_MAX_REASON_LENGTH = 300
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 IMAGE_SUFFIXES = frozenset(
@@ -350,10 +352,8 @@ def _describe_failure(name: str, error: Exception) -> str:
     if isinstance(error, PageError):
         return _describe_page_error(name, *error.args)
     # For damaged files, decoders raise exceptions of nearly any class: MemoryError, TypeError, ...
-    return (
-        f"'{name}' is damaged or incomplete ({error or type(error).__name__}); "
-        "save or copy it again, or remove it"
-    )
+    reason = str(error)[:_MAX_REASON_LENGTH] or type(error).__name__
+    return f"'{name}' is damaged or incomplete ({reason}); save or copy it again, or remove it"
 
 
 def check_is_file(path: Path) -> None:

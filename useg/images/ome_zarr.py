@@ -52,6 +52,9 @@ _STEPS = "coordinateTransformations"
 
 
 CELL = 256  # pixels: of smaller chunks, several are read at a time
+# Bytes of them, and chunks of an image: each takes 30 microseconds. Programs write 64 kB or more.
+_MAX_CELL_BYTES = 4 * MAX_SEGMENT_BYTES
+_MAX_CHUNKS, _BYTES_PER_CHUNK = 30_000, 4096
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ class ZarrImage:
         self._cell = high, wide
         pixel_bytes = max(bands, int(np.prod(array.chunks[:-2]))) * array.dtype.itemsize
         check_declared_size(wide, high, pixel_bytes, pixel_limit(None))
+        chunk_bytes = math.prod(array.chunks) * array.dtype.itemsize
+        if (cell_bytes := high * wide * pixel_bytes) > max(chunk_bytes, _MAX_CELL_BYTES):
+            raise ValueError(f"{wide}x{high} pixels of it have {cell_bytes:,} bytes")
         self._held = max(1, TILE_CACHE_BYTES // (high * wide * pixel_bytes))
         self._decoded = functools.lru_cache(self._held)(self._decode)
         self.dtype = self[0:1, 0:1].dtype
@@ -207,10 +213,17 @@ def _check(path: Path, array: Any, names: list[str]) -> None:
         raise UsageError(
             f"'{path}' holds {array.dtype}, not pixels; give an image of whole numbers or floats"
         )
-    chunk_bytes = math.prod(array.chunks) * array.dtype.itemsize
-    if chunk_bytes > max(math.prod(array.shape) * array.dtype.itemsize, MAX_SEGMENT_BYTES):
+    num_bytes, chunk_bytes = (
+        math.prod(shape) * array.dtype.itemsize for shape in (array.shape, array.chunks)
+    )
+    if chunk_bytes > max(num_bytes, MAX_SEGMENT_BYTES):
         raise ValueError(f"a chunk of it has {chunk_bytes:,} bytes, more than the whole image")
-    check_mostly_stored(math.prod(array.shape[-2:]), size_and_time(path)[0])
+    num_chunks = math.prod(
+        -(-length // side) for length, side in zip(array.shape, array.chunks, strict=True)
+    )
+    if num_chunks > _MAX_CHUNKS + num_bytes // _BYTES_PER_CHUNK:
+        raise ValueError(f"its {num_bytes:,} bytes are in {num_chunks:,} chunks")
+    check_mostly_stored(math.prod(array.shape), size_and_time(path)[0])
     several = {
         name: length
         for name, length in zip(names[:-2], array.shape, strict=False)
@@ -236,9 +249,12 @@ def _placed(scales: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float
     ):
         if step["type"] == "scale":
             factor = np.array(step["scale"][-2:], float)
-            scale, translation = scale * factor, translation * factor
+            with np.errstate(all="ignore"):
+                scale, translation = scale * factor, translation * factor
         elif step["type"] == "translation":
             translation = translation + np.array(step["translation"][-2:], float)
+        if not np.isfinite([scale, translation]).all():
+            raise ValueError("the size or place of its pixels is not finite")
     return (float(scale[0]), float(scale[1])), (float(translation[0]), float(translation[1]))
 
 

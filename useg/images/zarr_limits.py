@@ -18,7 +18,8 @@ from typing import Any
 from useg.images.formats import EXTRA_BYTES, UnreadableError
 from useg.parsing import parse_json
 
-MAX_METADATA_BYTES = 8 << 20
+# Of an image with ten levels and all its channels, they have a few kB.
+MAX_METADATA_BYTES = 2 << 20
 # Codecs whose output has about as many bytes as their input.
 _PLAIN = {"bytes", "endian", "transpose", "crc32c", "shuffle"}
 _SHARDS = "sharding_indexed"
