@@ -225,8 +225,12 @@ int useg_label(const float *logits, int64_t classes, int64_t h, int64_t w, int64
 #define HALF (1 << (WEIGHT_BITS - 1))
 #define CHANNELS 3
 
+/* Rows that are resized at a time: their sums fit into the registers. */
+#define ROWS 4
+
 /* One pixel: its three colors, and the first color of the next pixel, which is not used. */
 typedef int32_t pixel __attribute__((vector_size(16)));
+typedef uint8_t narrow_pixel __attribute__((vector_size(4)));
 
 /* Along one axis, each new pixel is a weighted mean of ``taps`` pixels in a row from its first. */
 typedef struct {
@@ -234,17 +238,25 @@ typedef struct {
     const int32_t *firsts, *weights;
 } filter;
 
-static void resize_pixels(const int32_t *from, int64_t width, filter columns, uint8_t *to) {
+/* Resize ROWS rows of ``length`` colors to rows of ``width`` pixels and one byte. */
+static void resize_rows(const int32_t *from, int64_t length, int64_t width, filter columns,
+                        uint8_t *to) {
     const int32_t *weight = columns.weights;
     for (int64_t x = 0; x < width; x++) {
         const int32_t *values = from + CHANNELS * columns.firsts[x];
-        pixel sum = {HALF, HALF, HALF, HALF};
-        for (int64_t k = 0; k < columns.taps; k++, values += CHANNELS) {
-            pixel one;
-            memcpy(&one, values, sizeof one);
-            sum += *weight++ * one;
+        pixel sums[ROWS];
+        for (int r = 0; r < ROWS; r++) sums[r] = HALF - (pixel){0};
+        for (int64_t k = 0; k < columns.taps; k++, weight++, values += CHANNELS)
+            for (int r = 0; r < ROWS; r++) {
+                pixel one;
+                memcpy(&one, values + r * length, sizeof one);
+                sums[r] += *weight * one;
+            }
+        for (int r = 0; r < ROWS; r++) {
+            const narrow_pixel one = __builtin_convertvector(sums[r] >> WEIGHT_BITS, narrow_pixel);
+            /* The next pixel overwrites the fourth byte. */
+            memcpy(to + r * (CHANNELS * width + 1) + CHANNELS * x, &one, sizeof one);
         }
-        for (int c = 0; c < CHANNELS; c++) to[CHANNELS * x + c] = sum[c] >> WEIGHT_BITS;
     }
 }
 
@@ -255,25 +267,28 @@ int useg_resize(const uint8_t *image, int64_t h, int64_t w, int64_t height, int6
                 int64_t row_taps, const int32_t *row_firsts, const int32_t *row_weights,
                 uint8_t *resized) {
     const filter columns = {column_taps, column_firsts, column_weights};
-    const int64_t size = CHANNELS * width, length = CHANNELS * w;
+    const int64_t size = CHANNELS * width, step = size + 1;
     /* Taps with a weight of 0 lie behind the last pixel of a row. */
-    int32_t *line = calloc(length + CHANNELS * column_taps + 1, sizeof *line);
+    const int64_t length = CHANNELS * (w + column_taps) + 1;
+    int32_t *lines = calloc(ROWS * length, sizeof *lines);
     int32_t *sums = malloc(size * sizeof *sums);
-    uint8_t *rows = malloc(h * size);
-    const int failed = !line || !sums || !rows;
-    for (int64_t y = 0; !failed && y < h; y++) {
-        for (int64_t x = 0; x < length; x++) line[x] = image[y * length + x];
-        resize_pixels(line, width, columns, rows + y * size);
+    uint8_t *rows = malloc((h + ROWS) * step);
+    const int failed = !lines || !sums || !rows;
+    for (int64_t y = 0; !failed && y < h; y += ROWS) {
+        for (int64_t r = 0; r < MIN(ROWS, h - y); r++)
+            for (int64_t x = 0; x < CHANNELS * w; x++)
+                lines[r * length + x] = image[(y + r) * CHANNELS * w + x];
+        resize_rows(lines, length, width, columns, rows + y * step);
     }
     for (int64_t y = 0; !failed && y < height; y++) {
         for (int64_t x = 0; x < size; x++) sums[x] = HALF;
         for (int64_t k = 0; k < row_taps; k++) {
             const int32_t weight = row_weights[y * row_taps + k];
-            const uint8_t *row = rows + (row_firsts[y] + k) * size;
+            const uint8_t *row = rows + (row_firsts[y] + k) * step;
             for (int64_t x = 0; weight && x < size; x++) sums[x] += weight * row[x];
         }
         for (int64_t x = 0; x < size; x++) resized[y * size + x] = sums[x] >> WEIGHT_BITS;
     }
-    free(line), free(sums), free(rows);
+    free(lines), free(sums), free(rows);
     return failed;
 }

@@ -5,7 +5,7 @@ Pillow's pixels to the bit, :func:`resize_logits_part` PyTorch's logits except f
 
 :func:`label_compiled` resizes logits and chooses classes in one compiled pass, in a sixth of the
 time that NumPy and PyTorch need to write and read the logits of every pixel;
-:func:`resize_compiled` reduces colour images in a third of Pillow's time. ``resampling.c`` is
+:func:`resize_compiled` reduces colour images in a fifth of Pillow's time. ``resampling.c`` is
 compiled in a fifth of a second, and used only if its results are theirs. The tests compare all four
 with Pillow and PyTorch.
 """
