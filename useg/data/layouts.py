@@ -79,7 +79,7 @@ _RECOGNIZERS = (find_pairs, find_listed, find_annotated)
 
 
 _TIFF_SUFFIXES = (".tif", ".tiff")
-_STACK_SUFFIXES = (*_TIFF_SUFFIXES, ".dcm", ".dicom", ".npy")
+_STACK_SUFFIXES = frozenset({*_TIFF_SUFFIXES, ".dcm", ".dicom", ".npy"})
 # If an image has up to this many pages and its mask has one, the pages are bands; more are a stack.
 _MAX_BAND_PAGES = 16
 _VIDEO_ADVICE = "save the labelled frames as PNG, for example with ffmpeg"
@@ -313,9 +313,8 @@ def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
 
 
 def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
-    if pair.truth is not None or not {pair.image.suffix.lower(), pair.mask.suffix.lower()} & set(
-        _STACK_SUFFIXES
-    ):
+    suffixes = {pair.image.suffix.lower(), pair.mask.suffix.lower()}
+    if pair.truth is not None or _STACK_SUFFIXES.isdisjoint(suffixes):
         yield pair
         return
     try:

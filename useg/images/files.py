@@ -357,7 +357,7 @@ def count_pages(image: Path, mask: Path) -> tuple[int, int]:
 
     An array ``(N, H, W)`` may be a stack of N, or an image of N or W bands. It is a stack if the
     other file is one of N or of this height and width, or has the same shape, as images without
-    colours and their masks do.
+    colours and their masks do; but not if the first two axes look like height and width.
 
     Raises:
         DataError: a file is missing or not an image.
@@ -366,12 +366,14 @@ def count_pages(image: Path, mask: Path) -> tuple[int, int]:
     for path in (image, mask):
         with open_image_file(path) as file:
             shapes.append(find_npy_shape(file))
-    is_deep = len(shapes[0]) == 3 and shapes[0][0] >= _MIN_GREY_PAGES
-    if shapes[0] == shapes[1] and is_deep and min(shapes[0][1:]) >= _MIN_GREY_SIDE:
-        return shapes[0][0], shapes[1][0]
+    if shapes[0] == shapes[1] and len(shapes[0]) == 3:
+        pages, *sides = shapes[0]
+        are_sides = 2 * min(sides) >= max(sides) and (pages != sides[0] or sides[0] == sides[1])
+        if pages >= _MIN_GREY_PAGES and min(sides) >= _MIN_GREY_SIDE and are_sides:
+            return pages, pages
     for own, other in ((0, 1), (1, 0)):
-        shape, sides = shapes[own], (shapes[other][1:3], shapes[other][2:4])
-        fits = shape[:1] == (counts[other],) or shape[1:] in sides
+        shape, same = shapes[own], (shapes[other][1:3], shapes[other][2:4])
+        fits = shape[:1] == (counts[other],) or shape[1:] in same
         if counts[own] == 1 < counts[other] and len(shape) == 3 and fits:
             counts[own] = shape[0]
     return counts[0], counts[1]
@@ -538,12 +540,13 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
         pixels = whole
     if pixels.shape[2] == 1:
         return pixels[..., 0]
-    if pixels.shape[2] != 3:
+    if pixels.shape[2] != 3 or stored.pixels.dtype.kind == "f":
         is_set = pixels != 0
         if (is_set.sum(2) == 1).all() and pixels[is_set].min() == pixels.max():
             # One-hot: one band for each class, of which one is set at each pixel.
             ids: NDArray[Any] = is_set.argmax(2).astype(np.uint8)
             return ids
+    if pixels.shape[2] != 3:
         raise DataError(
             f"mask '{path}' has {pixels.shape[2]} bands, but a mask has one band of class ids, "
             "three of colours, or one for each class, of which one is set at each pixel; save it "
