@@ -246,3 +246,12 @@ def test_a_damaged_jpeg_2000_prints_nothing(checked, capfd, monkeypatch):
 def test_no_suffix_is_both_read_and_unread():
     assert not IMAGE_SUFFIXES & UNREAD_SUFFIXES.keys()
     assert all(suffix.startswith(".") and advice for suffix, advice in UNREAD_SUFFIXES.items())
+
+
+def test_an_array_of_many_images_says_how_to_save_each(tmp_path):
+    np.save(tmp_path / "stack.npy", np.zeros((3, 20, 30, 3), np.uint8))
+    with pytest.raises(UsageError, match=r"is a stack of 3 pages.*: for k, page") as raised:
+        files.read_image(tmp_path / "stack.npy")
+    program = str(raised.value).partition("in Python: ")[2]
+    exec(program.replace("f'page", f"f'{tmp_path}/page"), {"numpy": np})
+    assert files.read_image(tmp_path / "page0002.npy").shape == (20, 30, 3)

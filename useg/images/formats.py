@@ -378,11 +378,18 @@ def open_image_file(path: Path) -> Iterator[BinaryIO]:
 
 def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
     if page is None:
+        if name.lower().endswith(".npy"):
+            read, write, bands = "numpy.load", "numpy.save(f'page{k:04}.npy', page)", ""
+        else:
+            read, write = "tifffile.imread", "tifffile.imwrite(f'page{k:04}.tif', page)"
+            bands = (
+                "; if its pages are the bands of one image, save them as bands: "
+                "tifffile.imwrite(new, tifffile.imread(old), photometric='minisblack', "
+                "planarconfig='separate')"
+            )
         return (
-            f"'{name}' is a stack of {num_pages} pages, not one image; "
-            "save each page as its own file, or in Python read it with page=0; if its pages are "
-            "the bands of one image, save them as bands: tifffile.imwrite(new, "
-            "tifffile.imread(old), photometric='minisblack', planarconfig='separate')"
+            f"'{name}' is a stack of {num_pages} pages, not one image; save each page as a file of "
+            f"its own, in Python: for k, page in enumerate({read}('{name}')): {write}{bands}"
         )
     held = "one page" if num_pages == 1 else f"{num_pages} pages"
     return (
