@@ -1,5 +1,7 @@
 """Pairs are read as samples, and splits are written, read and restored."""
 
+import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from made_data import (
 )
 
 from useg.classes import CARLA
-from useg.data import official_splits, pair_lists
+from useg.data import class_names, official_splits, pair_lists
 from useg.data.dataset import Dataset, Pair, read_label, read_sample
 from useg.data.layouts import find_dataset
 from useg.data.names import MAX_TAIL_PARTS, find_by_tail
@@ -223,6 +225,42 @@ def test_long_cells_of_a_split_csv_are_shortened_in_the_error(tmp_path, content)
     with pytest.raises(DataError) as caught:
         list(official_splits._split_rows(tmp_path / "split.csv"))
     assert len(str(caught.value)) < 600
+
+
+def test_splits_in_json_of_very_many_keys_or_divisions_are_soon_read(tmp_path, monkeypatch):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps([{f"k{k}": "train" for k in range(20_000)}, {"k1": "val"}]))
+    # Each key was looked up in a list of all of them: five seconds.
+    started = time.process_time()
+    assert official_splits._read_split_file(path) == ({}, False)
+    assert time.process_time() - started < 0.5
+    path.write_text(json.dumps([{"image": "a", "split": "train"}, {"image": "b", "split": "val"}]))
+    assert len(official_splits._read_split_file(path)[0]) == 2
+    monkeypatch.setattr(official_splits, "_MAX_CELLS", 3)
+    assert official_splits._read_split_file(path) == ({}, False)
+    path.write_text(json.dumps([{"train": ["a"], "val": ["b"]}] * 3))
+    assert official_splits._read_split_file(path) == ({}, True)
+
+
+def test_names_in_yaml_splits_are_text(tmp_path):
+    (tmp_path / "splits.yaml").write_text("train: [007, 1:30]\nval: [yes, 1e3]\n")
+    found, _ = official_splits._read_split_file(tmp_path / "splits.yaml")
+    assert found == {"train": ["007", "1:30"], "val": ["yes", "1e3"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "content"),
+    [
+        ("a.yaml", "_MAX_YAML_BYTES", "names: [cat, dog]\n"),
+        ("a.txt", "_MAX_TABLE_BYTES", "0 cat\n1 dog\n"),
+        ("a.json", "_MAX_BYTES", '{"names": ["cat", "dog"]}'),
+    ],
+)
+def test_a_large_file_does_not_name_classes(tmp_path, monkeypatch, name, limit, content):
+    (tmp_path / name).write_text(content)
+    assert len(class_names.read_name_file(tmp_path / name)) == 1
+    monkeypatch.setattr(class_names, limit, len(content) - 1)
+    assert class_names.read_name_file(tmp_path / name) == []
 
 
 def test_of_a_list_of_very_many_lines_only_some_are_read(tmp_path):

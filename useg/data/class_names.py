@@ -30,6 +30,8 @@ from useg.parsing import decode_text, read_limited
 
 NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")
 _MAX_BYTES = 1 << 20
+# 255 classes need less. PyYAML reads a megabyte in ten seconds, and a table takes five.
+_MAX_YAML_BYTES, _MAX_TABLE_BYTES = 1 << 15, 1 << 17
 
 # The most classes that a class table can hold.
 MAX_CLASS_VALUES = 255
@@ -183,10 +185,12 @@ def read_name_file(file: Path) -> list[NamedClasses]:
         if suffix in (".xml", ".qml"):
             lists = _lists_of_xml(read_xml(file))
         else:
-            text = decode_text(read_limited(file, _MAX_BYTES), "replace")
-            if suffix == ".json":
+            is_yaml, is_json = suffix in (".yaml", ".yml"), suffix == ".json"
+            most = _MAX_YAML_BYTES if is_yaml else _MAX_BYTES if is_json else _MAX_TABLE_BYTES
+            text = decode_text(read_limited(file, most), "replace")
+            if is_json:
                 lists = _lists_of(json.loads(text))
-            elif suffix in (".yaml", ".yml"):
+            elif is_yaml:
                 lists = _lists_of(yaml.safe_load(text))
             else:
                 lists = iter([_read_table(text, _IS_LIST_OF_NAMES.search(file.stem) is not None)])

@@ -80,7 +80,9 @@ _NO = frozenset(["", "0", "0.0", "false", "no", "n"])
 # The beginning of a table shows whether it has splits.
 _NUM_BYTES_LOOKED_AT = 1 << 16
 # PyYAML reads a megabyte in ten seconds.
-_MAX_YAML_BYTES = 300_000
+_MAX_YAML_BYTES = 150_000
+# Columns of a table of splits, and cells of one in JSON.
+_MAX_COLUMNS, _MAX_CELLS = 1000, 4_000_000
 # Words in the names of files that list splits, and files that are only mentioned.
 _SPLIT_WORDS = frozenset(
     ["split", "splits", "partition", "partitions", "subset", "subsets", "fold", "folds", "kfold"]
@@ -328,7 +330,8 @@ def _read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
             return _read_split_table(path)
         if suffix in _YAML_SUFFIXES and is_called_so:
             text = decode_text(read_limited(path, _MAX_YAML_BYTES))
-            return _divide_content(yaml.safe_load(text))
+            # BaseLoader leaves names such as 007 and 1:30 as they are.
+            return _divide_content(yaml.load(text, yaml.BaseLoader))
         if suffix == ".json" and (is_called_so or _begins_with_splits(path)):
             content = parse_json(decode_text(read_limited(path, _MAX_LIST_BYTES)))
             split = split_of_list(path.stem)
@@ -433,7 +436,7 @@ class _SplitColumns:
 
 def _find_split_columns(rows: Sequence[Sequence[str]]) -> _SplitColumns | None:
     """Find the columns of a table that give its images splits, or None."""
-    if len(rows) < 2:
+    if len(rows) < 2 or len(rows[0]) > _MAX_COLUMNS:
         return None
     header = [re.sub(r"[\s-]+", "_", cell.strip().casefold()) for cell in rows[0]]
     below = [
@@ -483,6 +486,8 @@ def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]],
     found: dict[str, list[str]] = defaultdict(list)
     if isinstance(content, list) and content and isinstance(content[0], dict):
         keys = [key for key, value in content[0].items() if not isinstance(value, dict | list)]
+        if len(keys) > min(_MAX_COLUMNS, _MAX_CELLS // len(content)):
+            return found, False
         records = (each for each in content if isinstance(each, dict))
         rows = [[str(each.get(key, "")) for key in keys] for each in records]
         columns = _find_split_columns([[str(key) for key in keys], *rows])
@@ -496,7 +501,8 @@ def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]],
     if found or depth > 0 or not isinstance(content, dict | list):
         return found, False
     inner = content.values() if isinstance(content, dict) else content
-    divisions = [each for each, _ in (_divide_content(part, 1) for part in inner) if len(each) > 1]
+    parts = (_divide_content(part, 1)[0] for part in inner)
+    divisions = list(itertools.islice((each for each in parts if len(each) > 1), 2))
     return (divisions[0], False) if len(divisions) == 1 else ({}, len(divisions) > 1)
 
 
