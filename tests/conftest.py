@@ -1,12 +1,13 @@
 """What holds for every test."""
 
 import atexit
+import gc
 import os
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,20 @@ if "CC" not in os.environ and (compiler := shutil.which("cc")):
     atexit.register(shutil.rmtree, objects, ignore_errors=True)
     program = str(Path(__file__).with_name("remembering_cc.py"))
     os.environ["CC"] = shlex.join([sys.executable, program, objects, compiler])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let no garbage collection visit what exists before the first test, which lasts to the end.
+
+    That is half a million objects of packages and tests; to visit them takes a tenth of all time.
+    """
+    gc.disable()
+    collected = yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 @pytest.fixture(scope="module")
