@@ -108,7 +108,8 @@ def test_an_interrupt_at_any_time_ends_with_a_sentence(
         ) as running:
             time.sleep(0.05 * k)
             was_running = running.poll() is None
-            os.killpg(running.pid, signal.SIGINT)
+            if was_running:
+                os.killpg(running.pid, signal.SIGINT)
             _, error = running.communicate(timeout=60)
         assert "Traceback" not in error
         if was_running:
