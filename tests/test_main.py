@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from made_serving import save_run
+from waiting import eventually
 
 from useg.scenes.scene import write_scenes
 
@@ -92,6 +93,34 @@ useg.__main__.main()
     given = [sys.executable, "-m", "program"]
     done = subprocess.run(given, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (130, "useg: interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_finished_command_is_not_killed_while_libraries_free_their_memory() -> None:
+    # The library waits for a signal that is not ignored.
+    program = """
+import ctypes, signal, sys, useg.__main__
+signal.signal(signal.SIGINT, signal.default_int_handler)
+ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).pause)
+print(flush=True)
+sys.argv[1:] = ["--version"]
+useg.__main__.main()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as running:
+        assert running.stdout
+        running.stdout.readline()
+        eventually(lambda: not has_handler(running.pid, signal.SIGINT))
+        running.send_signal(signal.SIGINT)
+        running.terminate()
+        assert running.wait(20) == -signal.SIGTERM
+
+
+def has_handler(process: int, number: signal.Signals) -> bool:
+    """Tell whether a process has a handler of its own for a signal."""
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines()
+    )
+    return bool(int(fields["SigCgt"], 16) & 1 << number - 1)
 
 
 @pytest.mark.skipif(not SOAK, reason="takes minutes; USEG_SOAK=1 runs it")

@@ -7,6 +7,7 @@ line on. Only those in the few milliseconds in which Python itself starts are no
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -29,6 +30,9 @@ def main() -> NoReturn:
     is_handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_handled:
         signal.signal(signal.SIGINT, _exit_with_sentence)
+        # At the very end Python brings back the system's handler, which would kill the process
+        # while libraries free their memory. It keeps one that ignores interruptions.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     from useg.cli import main as run_command_line
 
     status: object = None
