@@ -68,7 +68,7 @@ def test_the_cpu_predicts_where_a_gpu_fails(
 ) -> None:
     with (
         SimulatedDevice(**faults),  # type: ignore[arg-type]
-        pytest.warns(DeviceWarning, match=f"cpu:0 is not used, because {said}.*computes instead"),
+        pytest.warns(DeviceWarning, match=f"cpu:0 is not used, because {said}.*the CPU is used"),
     ):
         loaded = Predictor.load(stored, runtime, num_images=1).runtime
     assert loaded.name != "gpu"
