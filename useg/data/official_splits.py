@@ -79,8 +79,10 @@ _YES = frozenset(["1", "1.0", "true", "yes", "y", "x"])
 _NO = frozenset(["", "0", "0.0", "false", "no", "n"])
 # The beginning of a table shows whether it has splits.
 _NUM_BYTES_LOOKED_AT = 1 << 16
-# PyYAML reads a megabyte in ten seconds.
+# Without libyaml, PyYAML reads a megabyte in ten seconds.
 _MAX_YAML_BYTES = 150_000
+# It leaves names such as 007 and 1:30 as they are.
+_YAML_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 # Columns of a table of splits, and cells of one in JSON.
 _MAX_COLUMNS, _MAX_CELLS = 1000, 4_000_000
 # Words in the names of files that list splits, and files that are only mentioned.
@@ -330,8 +332,7 @@ def _read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
             return _read_split_table(path)
         if suffix in _YAML_SUFFIXES and is_called_so:
             text = decode_text(read_limited(path, _MAX_YAML_BYTES))
-            # BaseLoader leaves names such as 007 and 1:30 as they are.
-            return _divide_content(yaml.load(text, yaml.BaseLoader))
+            return _divide_content(yaml.load(text, _YAML_LOADER))
         if suffix == ".json" and (is_called_so or _begins_with_splits(path)):
             content = parse_json(decode_text(read_limited(path, _MAX_LIST_BYTES)))
             split = split_of_list(path.stem)
