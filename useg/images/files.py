@@ -362,9 +362,10 @@ def count_pages(image: Path, mask: Path) -> tuple[int, int]:
     Raises:
         DataError: a file is missing or not an image.
     """
-    counts, shapes = [num_pages(image), num_pages(mask)], []
+    counts, shapes = [], []
     for path in (image, mask):
         with open_image_file(path) as file:
+            counts.append(stored_pages(file))
             shapes.append(find_npy_shape(file))
     if shapes[0] == shapes[1] and len(shapes[0]) == 3:
         pages, *sides = shapes[0]
