@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from useg.parsing import (
     open_file,
     parse_json,
     parse_toml,
+    parse_yaml,
     printable,
     read_limited,
     shorten,
@@ -67,6 +69,35 @@ def test_hostile_toml_is_a_value_error(text: str) -> None:
         parse_toml(text)
 
 
+def test_yaml_is_text_however_it_is_written() -> None:
+    text = "0: no\n1: 007\n? ~\n: [1:30, !!int x, 0xff]\nnested: &a {<<: b}\nagain: *a\n"
+    assert parse_yaml(text) == {
+        "0": "no",
+        "1": "007",
+        "~": ["1:30", "x", "0xff"],
+        "nested": {"<<": "b"},
+        "again": {"<<": "b"},
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 10_000, "- " * 10_000, "{a: " * 10_000, "&a [*a]", "a: *b", "{? [a] : b}", "\0"),
+        *('"\\UFFFFFFFF"', "caf\udce9", "[a"),
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+@pytest.mark.parametrize("has_libyaml", [True, False])
+def test_hostile_yaml_is_a_value_error(
+    monkeypatch: pytest.MonkeyPatch, text: str, has_libyaml: bool
+) -> None:
+    if not has_libyaml:
+        monkeypatch.delattr(yaml, "CBaseLoader")
+    with pytest.raises(ValueError):  # noqa: PT011 - of which kind does not matter
+        parse_yaml(text)
+
+
 def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"12345")
@@ -103,6 +134,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         (tomllib.loads, "a = " + "[" * 5000, RecursionError),
         (tomllib.loads, "a = inf", None),
         (tomllib.loads, "a" + ".a" * 200 + " = 1", None),
+        (yaml.safe_load, "[no, 0x10]", None),
+        (yaml.safe_load, "[" * 10_000, RecursionError),
     ],
     ids=lambda value: str(value)[:12],
 )

@@ -1,8 +1,8 @@
-r"""Text that a stranger may have written: parse JSON and TOML, escape names where they are shown.
+r"""Text that a stranger may have written: parse JSON, TOML and YAML, and escape names for display.
 
 The parsers of the standard library accept NaN and infinity in JSON, raise ``RecursionError`` for
-deep nesting, and take gigabytes for some short TOML. Here the result is a value, or a
-``ValueError`` that says why.
+deep nesting, and take gigabytes for some short TOML. PyYAML reads the name ``no`` as ``False``.
+Here the result is a value, or a ``ValueError`` that says why.
 
 On Linux a file name is a string of bytes. Those that are not UTF-8 reach Python as lone surrogates,
 which no file in UTF-8 can store. Control characters would command the terminal, and a table cell
@@ -134,6 +134,31 @@ def parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML into dictionaries, lists and texts.
+
+    Every value is text: ``no``, ``007`` and ``1:30`` may be names. Tags such as ``!!int`` and merge
+    keys have no effect. What an alias refers to is built once, so nested aliases take no memory.
+
+    libyaml parses a megabyte in a second; without it, PyYAML takes ten.
+
+    Raises:
+        ValueError: It is not YAML, or is nested too deeply.
+
+    >>> parse_yaml("names: {0: no, 1: 007}")
+    {'names': {'0': 'no', '1': '007'}}
+    """
+    # Few commands read YAML, and help should not wait for the import.
+    import yaml
+
+    try:
+        return yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def shorten(value: object, length: int = 80) -> str:

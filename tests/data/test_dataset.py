@@ -263,6 +263,28 @@ def test_a_large_file_does_not_name_classes(tmp_path, monkeypatch, name, limit, 
     assert class_names.read_name_file(tmp_path / name) == []
 
 
+BLUE = (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("names: [no, 1e3]", [("no", None, None), ("1e3", None, None)]),
+        ("names: {0: no, 1: car}", [("no", 0, None), ("car", 1, None)]),
+        ("a: 0xff0000\nb: '#00ff00'", [("a", None, (255, 0, 0)), ("b", None, (0, 255, 0))]),
+        (
+            "a: [1.0, 0.0, .5]\nb: [0.0, 1e-3, 0.0]",
+            [("a", None, (255, 0, 128)), ("b", None, (0,) * 3)],
+        ),
+        ("a: [1, 0, 2]\nb: [0, 1, 0]", [("a", None, (1, 0, 2)), ("b", None, (0, 1, 0))]),
+    ],
+)
+def test_classes_in_yaml_are_read_as_they_are_written(tmp_path, text, classes):
+    (tmp_path / "a.yaml").write_text(text)
+    (found,) = class_names.read_name_file(tmp_path / "a.yaml")
+    assert [(each.name, each.id, each.color) for each in found.classes] == classes
+
+
 def test_of_a_list_of_very_many_lines_only_some_are_read(tmp_path):
     (tmp_path / "train.txt").write_text("# first\n\na\r\n b \n" + "c\n" * 1000)
     assert official_splits._read_lines(tmp_path / "train.txt", 2) == ["a", "b", "c"]

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-import yaml
-
 from useg.classes import ClassTable, Color, pack_color, spread_colors
 from useg.data.annotations.formats import read_xml
 from useg.data.dataset import pick_evenly
@@ -26,11 +24,11 @@ from useg.data.names import plain_stem
 from useg.errors import UsageError
 from useg.folders import list_files
 from useg.images.files import list_image_files
-from useg.parsing import decode_text, read_limited
+from useg.parsing import decode_text, parse_yaml, read_limited
 
 NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")
 _MAX_BYTES = 1 << 20
-# 255 classes need less. PyYAML reads a megabyte in ten seconds, and a table takes five.
+# 255 classes need less. Without libyaml, a megabyte of YAML takes ten seconds; a table takes five.
 _MAX_YAML_BYTES, _MAX_TABLE_BYTES = 1 << 15, 1 << 17
 
 # The most classes that a class table can hold.
@@ -68,6 +66,7 @@ _CHANNELS = (("r", "red"), ("g", "green"), ("b", "blue"))
 # Numbers in brackets, as in "sky: (120, 170, 230)".
 _IN_BRACKETS = re.compile(r"[(\[{]([\d\s,;.]+)[)\]}]")
 _ID, _IN_NAME = re.compile(r"\d{1,5}"), re.compile(r"[^\d\s,;:|]")
+_SHARE = re.compile(r"0?\.\d+|1\.0+|\d(\.\d+)?e-0*[1-9]\d*")
 _HEX_COLOR = re.compile(r"(?:#|0x)([0-9a-fA-F]{6})(?:[0-9a-fA-F]{2})?")
 _UNLABELLED = re.compile(
     r"void|ignored?|ignore[ _-]?label|un-?label+ed|not[ _-]?label+ed|no[ _-]?data|unknown"
@@ -191,12 +190,12 @@ def read_name_file(file: Path) -> list[NamedClasses]:
             if is_json:
                 lists = _lists_of(json.loads(text))
             elif is_yaml:
-                lists = _lists_of(yaml.safe_load(text))
+                lists = _lists_of(parse_yaml(text))
             else:
                 lists = iter([_read_table(text, _IS_LIST_OF_NAMES.search(file.stem) is not None)])
         found = [tuple(dict.fromkeys(classes)) for classes in lists]
     # Other programs' files may hold anything.
-    except (OSError, UsageError, ValueError, RecursionError, yaml.YAMLError, csv.Error):
+    except (OSError, UsageError, ValueError, RecursionError, csv.Error):
         return []
     return [NamedClasses(file, classes) for classes in found if classes and _are_unique(classes)]
 
@@ -332,8 +331,8 @@ def _to_color(value: Any) -> Color | None:
     parts: list[int | None] = []
     if isinstance(value, list | tuple):
         # Unity writes channels from 0.0 to 1.0.
-        is_share = all(isinstance(part, float) and 0 <= part <= 1 for part in value)
-        parts = [round(part * 255) if is_share else _to_int(part) for part in value]
+        are_shares = all(_SHARE.fullmatch(str(part)) for part in value)
+        parts = [round(float(part) * 255) if are_shares else _to_int(part) for part in value]
     if len(parts) not in (3, 4) or any(part is None or not 0 <= part <= 255 for part in parts):
         return None
     r, g, b = (part or 0 for part in parts[:3])

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from useg.data.dataset import SPLIT_FOLDERS, SPLITS, Dataset, Pair, pair_name
 from useg.data.names import (
     IMAGE_WORDS,
@@ -39,6 +37,7 @@ from useg.parsing import (
     find_separator,
     open_file,
     parse_json,
+    parse_yaml,
     read_limited,
     shorten,
     to_cell,
@@ -81,8 +80,6 @@ _NO = frozenset(["", "0", "0.0", "false", "no", "n"])
 _NUM_BYTES_LOOKED_AT = 1 << 16
 # Without libyaml, PyYAML reads a megabyte in ten seconds.
 _MAX_YAML_BYTES = 150_000
-# It leaves names such as 007 and 1:30 as they are.
-_YAML_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 # Columns of a table of splits, and cells of one in JSON.
 _MAX_COLUMNS, _MAX_CELLS = 1000, 4_000_000
 # Words in the names of files that list splits, and files that are only mentioned.
@@ -327,12 +324,12 @@ def _folders_of(pairs: Sequence[Pair], root: Path) -> dict[str, tuple[Pair, ...]
 def _read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
     """Return the images of each split that a file lists, and whether it has several divisions."""
     suffix, is_called_so = path.suffix.lower(), _is_called_so(path)
-    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError, csv.Error):
+    with suppress(OSError, ValueError, RecursionError, csv.Error):
         if suffix in (".csv", ".tsv", ".txt"):
             return _read_split_table(path)
         if suffix in _YAML_SUFFIXES and is_called_so:
             text = decode_text(read_limited(path, _MAX_YAML_BYTES))
-            return _divide_content(yaml.load(text, _YAML_LOADER))
+            return _divide_content(parse_yaml(text))
         if suffix == ".json" and (is_called_so or _begins_with_splits(path)):
             content = parse_json(decode_text(read_limited(path, _MAX_LIST_BYTES)))
             split = split_of_list(path.stem)
@@ -607,7 +604,7 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
             problem = "several images have that name; give the path below the data folder"
             if not found:
                 problem = "there is no such image with a mask; correct or remove the line"
-            raise DataError(f"'{path}' names '{name[:_MAX_SHOWN_LENGTH]}', but {problem}")
+            raise DataError(f"'{path}' names {shorten(name, _MAX_SHOWN_LENGTH)}, but {problem}")
         if splits.setdefault(next(iter(found)), split) != split:
             raise DataError(f"'{path}' puts '{name}' into two splits; keep one")
     missing = [pair for pair in dataset.pairs if pair not in splits]
@@ -668,9 +665,9 @@ def _split_rows(path: Path) -> Iterator[tuple[str, str]]:
             for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
         )
         if image is None or split is None:
-            columns = ", ".join(header[:_MAX_SHOWN_LENGTH]) or "(none)"
+            columns = ", ".join(header[:_MAX_SHOWN_LENGTH])[:_MAX_SHOWN_LENGTH] or "(none)"
             raise DataError(
-                f"'{path}' has the columns {columns[:_MAX_SHOWN_LENGTH]}, but it needs "
+                f"'{path}' has the columns {columns}, but it needs "
                 "image,split in its first line, and one line per image"
             )
         for row in rows:
@@ -678,9 +675,8 @@ def _split_rows(path: Path) -> Iterator[tuple[str, str]]:
             part = SPLIT_FOLDERS.get(named.strip().casefold(), named)
             if part not in SPLITS:
                 raise DataError(
-                    f"'{path}' puts '{name[:_MAX_SHOWN_LENGTH]}' into the split "
-                    f"{shorten(part)}; "
-                    f"choose one of {', '.join(SPLITS)}"
+                    f"'{path}' puts {shorten(name, _MAX_SHOWN_LENGTH)} into the split "
+                    f"{shorten(part)}; choose one of {', '.join(SPLITS)}"
                 )
             yield name, part
     except (OSError, ValueError, csv.Error) as error:

@@ -22,8 +22,6 @@ from urllib.parse import unquote
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-import yaml
-
 from useg.classes import ClassTable, Color, spread_colors
 from useg.data.annotations.shapes import BACKGROUND, IGNORE_NAME, Drawing, RunLengths, encode_rle
 from useg.data.dataset import SPLIT_FOLDERS, SkippedPart
@@ -31,7 +29,7 @@ from useg.data.official_splits import find_official_split
 from useg.errors import DataError
 from useg.images.files import decode_coverage, decode_size, read_size
 from useg.images.formats import IMAGE_SUFFIXES
-from useg.parsing import open_file, read_limited, shorten
+from useg.parsing import open_file, parse_yaml, read_limited, shorten
 
 # A list of class names is far smaller: 30 kB name 1,203 classes. Parsing as much takes a second.
 MAX_YAML_BYTES = 100_000
@@ -543,8 +541,6 @@ def read_class_names(files: Iterable[Path]) -> dict[int, str]:
 def parse_yaml_names(text: str, source: str) -> dict[int, str]:
     """Read ``names:`` of a YAML file: a list, or a mapping from numbers; {} if there is none.
 
-    Every name is text, also ``no`` and ``1e3``, which YAML's usual types would change.
-
     Args:
         text: The file's content.
         source: The file's name, for the error message.
@@ -560,12 +556,10 @@ def parse_yaml_names(text: str, source: str) -> dict[int, str]:
             "move it elsewhere, or keep only 'names:' in it"
         )
     try:
-        # BaseLoader makes text, lists and mappings only. It builds what an alias refers to once,
-        # so that nested aliases take no memory.
-        content = yaml.load(text, yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        content = parse_yaml(text)
+    except ValueError as error:
         raise DataError(
-            f"{source} is not valid YAML ({' '.join(str(error).split())}); correct it, or remove it"
+            f"{source} is not valid YAML ({error}); correct it, or remove it"
         ) from error
     listed = content.get("names") if isinstance(content, dict) else None
     if isinstance(listed, list):
