@@ -431,18 +431,47 @@ def _compile_glob(pattern: str) -> re.Pattern[str]:
     return re.compile(text + name, re.DOTALL)
 
 
-def describe_choice(error: OpenChoiceError, folder: Path) -> str:
-    """Return the message of a choice that is open, with settings that make it and were tried."""
-    file = folder / "dataset.toml"
-    files = list_image_files(folder)
-    begin = f"'{folder}': {error}"
-    options = [_try_class_masks(error.left, folder, file, files)]
-    for candidate in (*error.left, *error.candidates):
-        options.append(_try_settings(candidate, folder, file, files))
+def make_choice(error: OpenChoiceError, folder: Path) -> DetectedLayout:
+    """Join the sets of masks of an open choice if they certainly have one class each.
+
+    All images have a mask in each set, the masks hardly overlap, and the names of the sets differ
+    by words that do not describe masks: ``masks/road`` and ``masks/tree``.
+
+    Raises:
+        DataError: The choice stays open. The message has the lines of a ``dataset.toml`` for each
+            possible choice; all of them were tried.
+    """
+    file, files = folder / "dataset.toml", list_image_files(folder)
+    joined = _find_class_masks(error.left, folder, file, files)
+    if joined is None or not _are_certain(joined[0], error):
+        options = [_describe_class_masks(joined[0])] if joined else []
+        for candidate in (*error.left, *error.candidates):
+            options.append(_try_settings(candidate, folder, file, files))
+        raise DataError(f"'{folder}': {error}. {_describe_options(options, file)}") from error
+    settings, found = joined
+    globs = " and ".join(glob for _, glob in settings.class_masks)
+    note = (
+        f"{globs} became one class each, because their masks hardly overlap; otherwise write the "
+        f"globs of the images and of the right masks into {file}"
+    )
+    return replace(found, layout="masks by class", notes=(*found.notes, note))
+
+
+def _are_certain(settings: GlobSettings, error: OpenChoiceError) -> bool:
+    """Return whether sets of masks have one class each by their images and their names too."""
+    sets, classes = error.left, settings.class_masks
+    if any(each not in error.candidates or {*each.masks} != {*sets[0].masks} for each in sets):
+        return False
+    words = {frozenset(re.findall("[a-z]{3,}", name.casefold())) for name, _ in classes}
+    return len(words) == len(classes) and all(each and not each & _NO_CLASS_WORDS for each in words)
+
+
+def _describe_options(options: Sequence[str], file: Path) -> str:
+    """Say how to choose by a dataset.toml, whose possible contents are ``options``."""
     tried = list(dict.fromkeys(option for option in options if option))[:_MAX_OPTIONS]
     if not tried:
-        return f"{begin}. Write the globs of the right ones as images and masks into {file}"
-    return f"{begin}. To choose, write {file}:\n" + "\nor\n".join(tried)
+        return f"Write the globs of the right ones as images and masks into {file}"
+    return f"To choose, write {file}:\n" + "\nor\n".join(tried)
 
 
 def _try_settings(candidate: Candidate, folder: Path, file: Path, files: Sequence[Path]) -> str:
@@ -457,31 +486,6 @@ def _try_settings(candidate: Candidate, folder: Path, file: Path, files: Sequenc
     if not is_same or not f"{images}{masks}".isprintable():
         return ""
     return f"images = {quote_toml(images)}\nmasks = {quote_toml(masks)}"
-
-
-def join_class_masks(error: OpenChoiceError, folder: Path) -> DetectedLayout | None:
-    """Join the sets of masks of an open choice if they certainly have one class each.
-
-    All images have a mask in each set, the masks hardly overlap, and the names of the sets differ
-    by words that do not describe masks: ``masks/road`` and ``masks/tree``.
-    """
-    sets, file = error.left, folder / "dataset.toml"
-    if any(each not in error.candidates or {*each.masks} != {*sets[0].masks} for each in sets):
-        return None
-    joined = _find_class_masks(sets, folder, file, list_image_files(folder))
-    if joined is None:
-        return None
-    settings, found = joined
-    classes = settings.class_masks
-    words = {frozenset(re.findall("[a-z]{3,}", name.casefold())) for name, _ in classes}
-    if len(words) < len(classes) or any(not each or each & _NO_CLASS_WORDS for each in words):
-        return None
-    globs = " and ".join(glob for _, glob in classes)
-    note = (
-        f"{globs} became one class each, because their masks hardly overlap; otherwise write the "
-        f"globs of the images and of the right masks into {file}"
-    )
-    return replace(found, layout="masks by class", notes=(*found.notes, note))
 
 
 def _find_class_masks(
@@ -503,14 +507,8 @@ def _find_class_masks(
     return (settings, found) if len(found.pairs) == len(labelled) else None
 
 
-def _try_class_masks(
-    candidates: Sequence[Candidate], folder: Path, file: Path, files: Sequence[Path]
-) -> str:
-    """Return lines that join one mask per class, if the candidates look like that; or ``""``."""
-    joined = _find_class_masks(candidates, folder, file, files)
-    if joined is None:
-        return ""
-    settings, _ = joined
+def _describe_class_masks(settings: GlobSettings) -> str:
+    """Return the lines of a dataset.toml that join one mask per class."""
     lines = [f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in settings.class_masks]
     return "\n".join((f"images = {quote_toml(settings.images)}", "[masks]", *lines))
 

@@ -35,9 +35,8 @@ from useg.data.annotations.shapes import IGNORE_NAME, Drawing
 from useg.data.dataset import Dataset, DetectedLayout, MaskEncoding, Pair, has_no_shapes
 from useg.data.dataset_toml import (
     GlobSettings,
-    describe_choice,
     glob_files,
-    join_class_masks,
+    make_choice,
     pair_by_globs,
     quote_toml,
     read_dataset_toml,
@@ -219,9 +218,7 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
             candidates = (*error.left, *error.candidates)
             masks = [mask for each in candidates for mask in each.masks.values()]
             found = find_described(folder, masks) if are_described(masks) else None
-            found = found or join_class_masks(error, folder)
-            if found is None:
-                raise DataError(describe_choice(error, folder)) from error
+            found = found or make_choice(error, folder)
         if found is not None:
             found = _prefer_table(found, folder) if found.images or found.masks else found
             masks = [pair.mask for pair in found.pairs if pair.truth is None]

@@ -97,8 +97,7 @@ class ZarrImage:
         self._cell = high, wide
         pixel_bytes = max(bands, int(np.prod(array.chunks[:-2]))) * array.dtype.itemsize
         check_declared_size(wide, high, pixel_bytes, pixel_limit(None))
-        chunk_bytes = math.prod(array.chunks) * array.dtype.itemsize
-        if (cell_bytes := high * wide * pixel_bytes) > max(chunk_bytes, _MAX_CELL_BYTES):
+        if (cell_bytes := high * wide * pixel_bytes) > max(_chunk_bytes(array), _MAX_CELL_BYTES):
             raise ValueError(f"{wide}x{high} pixels of it have {cell_bytes:,} bytes")
         self._held = max(1, TILE_CACHE_BYTES // (high * wide * pixel_bytes))
         self._decoded = functools.lru_cache(self._held)(self._decode)
@@ -213,9 +212,7 @@ def _check(path: Path, array: Any, names: list[str]) -> None:
         raise UsageError(
             f"'{path}' holds {array.dtype}, not pixels; give an image of whole numbers or floats"
         )
-    num_bytes, chunk_bytes = (
-        math.prod(shape) * array.dtype.itemsize for shape in (array.shape, array.chunks)
-    )
+    num_bytes, chunk_bytes = math.prod(array.shape) * array.dtype.itemsize, _chunk_bytes(array)
     if chunk_bytes > max(num_bytes, MAX_SEGMENT_BYTES):
         raise ValueError(f"a chunk of it has {chunk_bytes:,} bytes, more than the whole image")
     num_chunks = math.prod(
@@ -235,6 +232,11 @@ def _check(path: Path, array: Any, names: list[str]) -> None:
             f"'{path}' has {length} images along its axis {axis!r}, but only one can be labelled "
             "at a time; save each as its own OME-Zarr"
         )
+
+
+def _chunk_bytes(array: Any) -> int:
+    """Return the bytes of one chunk after decompression."""
+    return int(math.prod(array.chunks) * array.dtype.itemsize)
 
 
 def _placed(scales: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:

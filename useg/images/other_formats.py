@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
@@ -86,44 +86,59 @@ def pnm_container(file: BinaryIO) -> Container:
 
 def npy_container(file: BinaryIO) -> Container:
     """Read what a .npy file declares: an image, or a stack of images along its first axis."""
-    shape, dtype, stored = _read_npy_bytes(file)
-    pages = _count_npy_pages(shape)
+    array = _read_npy_array(file)
+    shape, pages = array.shape, _count_npy_pages(array.shape)
     if len(shape) == 4 and shape[0] == 1:
-        return npy_page(file, 0)
+        return _page_container(array, 0)
     height, width, bands = npy_axes(shape if pages == 1 else shape[1:])[0]
-    held = (math.prod(shape) * dtype.itemsize, stored, 1)
-    parts = ((0, file_bytes(file)),)
-    return Container("NPY", (width, height), bands * dtype.itemsize, parts, held, pages=pages)
+    value_bytes = array.dtype.itemsize
+    held = (math.prod(shape) * value_bytes, array.stored, 1)
+    parts = ((0, array.start + array.stored),)
+    return Container("NPY", (width, height), bands * value_bytes, parts, held, pages=pages)
 
 
 def npy_page(file: BinaryIO, page: int) -> Container:
     """Read what a .npy file declares of one image of a stack: only its bytes are read later."""
-    shape, dtype, stored = _read_npy_bytes(file)
+    return _page_container(_read_npy_array(file), page)
+
+
+class _NpyArray(NamedTuple):
+    """An array in a .npy file: ``stored`` bytes of values from the byte ``start`` on."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    start: int
+    stored: int
+
+
+def _page_container(array: _NpyArray, page: int) -> Container:
+    """Return what a file declares of one image of a stack."""
+    shape, dtype = array.shape, array.dtype
     if not shape or not 0 <= page < shape[0]:
         raise PageError(shape[0] if shape else 1, page)
     height, width, bands = npy_axes(shape[1:])[0]
     num_bytes = math.prod(shape[1:]) * dtype.itemsize
-    start = file_bytes(file) - stored + page * num_bytes
     header = io.BytesIO()
     description = {"descr": dtype.str, "fortran_order": False, "shape": shape[1:]}
     np.lib.format.write_array_header_1_0(header, description)
-    parts = (header.getvalue(), (start, num_bytes))
+    parts = (header.getvalue(), (array.start + page * num_bytes, num_bytes))
     held = (num_bytes, num_bytes, 1)
     return Container("NPY", (width, height), bands * dtype.itemsize, parts, held)
 
 
-def _read_npy_bytes(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Return the shape and type of an array, and how many bytes follow the header."""
+def _read_npy_array(file: BinaryIO) -> _NpyArray:
+    """Read the header of a .npy file, and check that its values follow."""
     size = file_bytes(file)
     shape, dtype, by_columns = read_npy_header(file)
-    stored = size - file.tell()
+    start = file.tell()
+    stored = size - start
     if math.prod(shape) * dtype.itemsize > stored:
         raise ValueError(
             f"it declares {'x'.join(map(str, shape))} values of {dtype}, but is shorter"
         )
     if by_columns and _count_npy_pages(shape) > 1:
         raise UnreadableError("it is in Fortran order, which numpy.ascontiguousarray changes")
-    return shape, dtype, stored
+    return _NpyArray(shape, dtype, start, stored)
 
 
 def _count_npy_pages(shape: tuple[int, ...]) -> int:
@@ -139,7 +154,7 @@ def find_npy_shape(file: BinaryIO) -> tuple[int, ...]:
     """Return the shape of the array in a .npy file; ``()`` for other files."""
     file.seek(0)
     is_npy = file.read(len(NPY_START)) == NPY_START
-    return _read_npy_bytes(file)[0] if is_npy else ()
+    return _read_npy_array(file).shape if is_npy else ()
 
 
 def iso_media_container(file: BinaryIO) -> Container:

@@ -205,8 +205,9 @@ def read_run_length_json(path: Path, content: Any, reading: Reading) -> Annotati
     Raises:
         DataError: The content does not fit the format.
     """
-    columns = _find_run_columns(list(itertools.islice(_rows_of_json(content), _MAX_COLUMNS)))
-    return _read_table(path, _rows_of_json(content), columns, reading)
+    rows = _rows_of_json(content)
+    first = list(itertools.islice(rows, _MAX_COLUMNS))
+    return _read_table(path, itertools.chain(first, rows), _find_run_columns(first), reading)
 
 
 def _read_table(
