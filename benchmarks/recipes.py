@@ -20,7 +20,7 @@ from typing import Any
 from record import record, train
 
 from useg.data.layouts import find_dataset
-from useg.data.official_splits import write_split_csv
+from useg.data.split_files import write_split_csv
 from useg.data.splits import assign_splits
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from useg.config import Settings, read_provenance, read_settings
 from useg.data.dataset import Dataset, read_sample
 from useg.data.folds import describe_score
 from useg.data.layouts import find_dataset
-from useg.data.official_splits import read_split_csv
+from useg.data.split_files import read_split_csv
 from useg.data.splits import open_dataset
 from useg.device import CPU
 from useg.doctor.survey import refuse_unsound

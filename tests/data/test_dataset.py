@@ -17,11 +17,11 @@ from made_data import (
 )
 
 from useg.classes import CARLA
-from useg.data import class_names, official_splits, pair_lists
+from useg.data import class_names, official_splits, pair_lists, split_files
 from useg.data.dataset import Dataset, Pair, read_label, read_sample
 from useg.data.layouts import find_dataset
 from useg.data.names import MAX_TAIL_PARTS, find_by_tail
-from useg.data.official_splits import read_split_csv, restore_splits, write_split_csv
+from useg.data.split_files import read_split_csv, restore_splits, write_split_csv
 from useg.data.splits import assign_splits
 from useg.errors import DataError
 
@@ -190,7 +190,7 @@ def test_splits_of_odd_names_come_back(name: str, tmp_path: Path) -> None:
 def test_rows_of_a_split_csv_are_read_one_after_another(tmp_path):
     """Of short rows, a file of the allowed size has so many that they fill the memory."""
     (tmp_path / "split.csv").write_text("image,split\na,train\nb,never\n")
-    rows = official_splits._split_rows(tmp_path / "split.csv")
+    rows = split_files._split_rows(tmp_path / "split.csv")
     assert next(rows) == ("a", "train")
     with pytest.raises(DataError, match="puts 'b' into the split 'never'"):
         next(rows)
@@ -210,11 +210,11 @@ def test_a_split_csv_of_very_many_or_long_lines_is_refused(
     path = tmp_path / "split.csv"
     path.write_text(f"image,split\na,val\n{content}")
     # The control: with the usual limits, it is read.
-    assert next(official_splits._split_rows(path)) == ("a", "val")
-    monkeypatch.setattr(official_splits, limit, 20)
+    assert next(split_files._split_rows(path)) == ("a", "val")
+    monkeypatch.setattr(split_files, limit, 20)
     with pytest.raises(DataError, match=rf"split\.csv' cannot be read \({sentence}\)"):
-        list(official_splits._split_rows(path))
-    assert official_splits._read_split_file(path) == ({}, False)
+        list(split_files._split_rows(path))
+    assert split_files.read_split_file(path) == ({}, False)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_split_csv_of_very_many_or_long_lines_is_refused(
 def test_long_cells_of_a_split_csv_are_shortened_in_the_error(tmp_path, content):
     (tmp_path / "split.csv").write_text(content)
     with pytest.raises(DataError) as caught:
-        list(official_splits._split_rows(tmp_path / "split.csv"))
+        list(split_files._split_rows(tmp_path / "split.csv"))
     assert len(str(caught.value)) < 600
 
 
@@ -232,19 +232,19 @@ def test_splits_in_json_of_very_many_keys_or_divisions_are_soon_read(tmp_path, m
     path.write_text(json.dumps([{f"k{k}": "train" for k in range(20_000)}, {"k1": "val"}]))
     # Each key was looked up in a list of all of them: five seconds.
     started = time.process_time()
-    assert official_splits._read_split_file(path) == ({}, False)
+    assert split_files.read_split_file(path) == ({}, False)
     assert time.process_time() - started < 0.5
     path.write_text(json.dumps([{"image": "a", "split": "train"}, {"image": "b", "split": "val"}]))
-    assert len(official_splits._read_split_file(path)[0]) == 2
-    monkeypatch.setattr(official_splits, "_MAX_CELLS", 3)
-    assert official_splits._read_split_file(path) == ({}, False)
+    assert len(split_files.read_split_file(path)[0]) == 2
+    monkeypatch.setattr(split_files, "_MAX_CELLS", 3)
+    assert split_files.read_split_file(path) == ({}, False)
     path.write_text(json.dumps([{"train": ["a"], "val": ["b"]}] * 3))
-    assert official_splits._read_split_file(path) == ({}, True)
+    assert split_files.read_split_file(path) == ({}, True)
 
 
 def test_names_in_yaml_splits_are_text(tmp_path):
     (tmp_path / "splits.yaml").write_text("train: [007, 1:30]\nval: [yes, 1e3]\n")
-    found, _ = official_splits._read_split_file(tmp_path / "splits.yaml")
+    found, _ = split_files.read_split_file(tmp_path / "splits.yaml")
     assert found == {"train": ["007", "1:30"], "val": ["yes", "1e3"]}
 
 

@@ -24,7 +24,7 @@ from useg.classes import CARLA
 from useg.data import duplicates
 from useg.data.dataset import Dataset, Pair
 from useg.data.layouts import find_dataset
-from useg.data.official_splits import read_split_csv, write_split_csv
+from useg.data.split_files import read_split_csv, write_split_csv
 from useg.data.splits import (
     are_numbered,
     assign_splits,

@@ -20,7 +20,7 @@ from useg.classes import IGNORE, ClassTable
 from useg.config import Settings, write_settings
 from useg.data.dataset import Dataset
 from useg.data.layouts import find_dataset
-from useg.data.official_splits import write_split_csv
+from useg.data.split_files import write_split_csv
 from useg.errors import DataError
 from useg.labelling import rounds
 from useg.labelling.app import LabelOptions, open_session

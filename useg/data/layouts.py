@@ -44,11 +44,12 @@ from useg.data.dataset_toml import (
 from useg.data.mask_encoding import find_encoding
 from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.names import are_described, name_files
-from useg.data.official_splits import LIST_SUFFIXES, read_split_csv, read_split_lists
+from useg.data.official_splits import LIST_SUFFIXES, read_split_lists
 from useg.data.pair_lists import find_listed
 from useg.data.pairing import find_pairs, find_photographs_alike, match_lists, role_of_array
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
 from useg.data.scribbles import describe_scribbles
+from useg.data.split_files import read_split_csv
 from useg.data.truth import OpenChoiceError
 from useg.errors import DataError, UsageError, format_count, join_names, suggest
 from useg.folders import list_files, list_subfolders, walk_folders, walking_once

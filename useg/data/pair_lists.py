@@ -14,7 +14,7 @@ from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair, pick_evenly
 from useg.data.names import IMAGE_WORDS, MASK_WORDS, find_by_tail, path_tails, split_name
-from useg.data.official_splits import split_of_list, split_rows
+from useg.data.split_files import split_of_list, split_rows
 from useg.data.truth import is_photograph
 from useg.errors import DataError, format_count
 from useg.folders import list_files, natural_key

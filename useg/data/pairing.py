@@ -34,7 +34,7 @@ from useg.data.names import (
 )
 from useg.data.official_splits import (
     find_official_split,
-    learn_rests,
+    learn_affixes,
     leave_for_prediction,
     split_by_stems,
 )
@@ -301,8 +301,8 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
 
 def _find_splits(images: Sequence[Path], files: NamedFiles) -> dict[Path, str]:
     """Return the split of each image that folders, or else names, show; ``""`` without one."""
-    rests = learn_rests({part for path in files.paths.values() for part in path.parts})
-    splits = {path: find_official_split(path, files.root, rests) for path in images}
+    affixes = learn_affixes({part for path in files.paths.values() for part in path.parts})
+    splits = {path: find_official_split(path, files.root, affixes) for path in images}
     return splits if any(splits.values()) else {**splits, **split_by_stems(images)}
 
 

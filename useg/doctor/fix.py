@@ -26,7 +26,7 @@ import tifffile
 from useg.classes import IGNORE, ClassTable, Label, classes_to_toml, write_classes
 from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image
 from useg.data.layouts import find_dataset
-from useg.data.official_splits import write_split_csv
+from useg.data.split_files import write_split_csv
 from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
 from useg.doctor.measure import Repair, class_ids_by_code, read_ids
 from useg.doctor.survey import Survey

@@ -23,7 +23,7 @@ from useg.data.duplicates import (
 )
 from useg.data.layouts import find_dataset
 from useg.data.masks import ClassDecision, infer_classes
-from useg.data.official_splits import restore_splits
+from useg.data.split_files import restore_splits
 from useg.data.splits import assign_splits
 from useg.errors import format_count
 from useg.inference.predictor import Predictor, check_same_split, load

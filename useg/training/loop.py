@@ -20,7 +20,7 @@ import torch
 from useg import distributed
 from useg.config import Settings, write_settings
 from useg.data.dataset import Dataset
-from useg.data.official_splits import write_split_csv
+from useg.data.split_files import write_split_csv
 from useg.errors import need
 from useg.files import clear_drafts, make_folder, replacing
 from useg.machine import describe_machine

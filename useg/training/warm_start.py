@@ -20,7 +20,7 @@ from useg.classes import IGNORE, ClassTable
 from useg.config import ModelSettings, Settings, read_provenance, read_settings
 from useg.data.class_mapping import has_made_up_names, match_classes, parse_class_map
 from useg.data.dataset import Dataset, read_pair_size
-from useg.data.official_splits import restore_splits
+from useg.data.split_files import restore_splits
 from useg.errors import DataError, ModelError, SettingsError, format_count
 from useg.models.geometry import WorkingSize
 from useg.models.pretrained import adapt_stem
