@@ -22,7 +22,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from useg import __version__
-from useg.classes import hex_color
 from useg.errors import UsageError
 from useg.serving import open_inference, responses
 from useg.serving.middleware import (
@@ -39,24 +38,21 @@ from useg.serving.request_queue import (
     cancel_on_disconnect,
     gather_or_cancel,
 )
-from useg.serving.responses import EncodedPrediction, PiecesResponse, ResponseFormat
-from useg.serving.schemas import (
+from useg.serving.responses import (
     BatchSummary,
+    EncodedPrediction,
     ErrorMessage,
-    HealthStatus,
-    InferenceResponse,
     LabelSummary,
-    ModelClass,
-    ModelWorkingSize,
-    ServedModel,
-    ServedModelMetadata,
-    ServedModelReady,
-    ServerLive,
-    ServerMetadata,
-    ServerReady,
-    ServiceLimits,
+    PiecesResponse,
+    ResponseFormat,
 )
-from useg.serving.service import Service, add_log_fields
+from useg.serving.service import (
+    HealthStatus,
+    ServedModel,
+    Service,
+    add_log_fields,
+    describe_service,
+)
 from useg.serving.site import DOCS, PUBLIC_PATHS, docs_page, page_files
 from useg.serving.uploads import Lease, Upload, declared_size, is_form, parse_count, parse_form
 
@@ -290,7 +286,7 @@ def _status_routes(service: Service) -> APIRouter:
 
     @router.get("/model", summary="The model and the limits", **_documented("GET /model"))
     async def model() -> ServedModel:
-        return _served_model(service)
+        return describe_service(service)
 
     @router.get("/healthz", summary="Whether the process is live", **_documented("GET /healthz"))
     async def healthz() -> HealthStatus:
@@ -328,36 +324,6 @@ def _status_routes(service: Service) -> APIRouter:
     return router
 
 
-def _served_model(service: Service) -> ServedModel:
-    runtime, limits = service.predictor.runtime, service.limits
-    description = runtime.description
-    provenance = dict(description.provenance)
-    provenance.pop("training_images", None)
-    return ServedModel(
-        name=service.name,
-        classes=[
-            ModelClass(id=k, name=name, color=hex_color(description.classes, k))
-            for k, name in enumerate(description.classes.names)
-        ],
-        channels=description.channels,
-        pixels=description.pixels,
-        working=ModelWorkingSize(frame=description.working.frame, scale=description.working.scale),
-        margin=description.margin,
-        stride=description.stride,
-        precision=description.precision,
-        runtime=runtime.name,
-        scores=provenance.pop("validation", None),
-        provenance=provenance,
-        limits=ServiceLimits(
-            bytes=limits.upload_bytes,
-            pixels=limits.pixels,
-            pictures=limits.images,
-            seconds=limits.seconds,
-            memory=service.memory,
-        ),
-    )
-
-
 def _open_inference_routes(service: Service) -> APIRouter:
     """The Open Inference Protocol, version 2."""
     router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -369,43 +335,45 @@ def _open_inference_routes(service: Service) -> APIRouter:
             )
 
     @router.get("", summary="Server metadata", **_documented("GET /v2"))
-    async def server() -> ServerMetadata:
-        return ServerMetadata(name="useg", version=__version__, extensions=["binary_tensor_data"])
+    async def server() -> open_inference.ServerMetadata:
+        return open_inference.ServerMetadata(
+            name="useg", version=__version__, extensions=["binary_tensor_data"]
+        )
 
     @router.get(
         "/health/live", summary="Whether the server is live", **_documented("GET /v2/health/live")
     )
-    async def live() -> ServerLive:
-        return ServerLive(live=True)
+    async def live() -> open_inference.ServerLive:
+        return open_inference.ServerLive(live=True)
 
     @router.get(
         "/health/ready",
         summary="Whether the server is ready",
         **_documented("GET /v2/health/ready"),
     )
-    async def ready() -> ServerReady:
+    async def ready() -> open_inference.ServerReady:
         service.check_not_draining()
-        return ServerReady(ready=True)
+        return open_inference.ServerReady(ready=True)
 
     @router.get("/models/{name}", summary="Model metadata", **_documented("GET /v2/models/{name}"))
-    async def metadata(name: NamePath) -> ServedModelMetadata:
+    async def metadata(name: NamePath) -> open_inference.ServedModelMetadata:
         check_name(name)
         content = open_inference.model_metadata(name, service.predictor.runtime.description)
-        return ServedModelMetadata.model_validate(content)
+        return open_inference.ServedModelMetadata.model_validate(content)
 
     @router.get(
         "/models/{name}/ready",
         summary="Whether the model is ready",
         **_documented("GET /v2/models/{name}/ready"),
     )
-    async def model_ready(name: NamePath) -> ServedModelReady:
+    async def model_ready(name: NamePath) -> open_inference.ServedModelReady:
         check_name(name)
-        return ServedModelReady(name=name, ready=True)
+        return open_inference.ServedModelReady(name=name, ready=True)
 
     @router.post(
         "/models/{name}/infer",
         summary="Label images given as tensors",
-        **_documented("POST /v2/models/{name}/infer", InferenceResponse),
+        **_documented("POST /v2/models/{name}/infer", open_inference.InferenceResponse),
     )
     async def infer(request: Request, name: NamePath) -> Response:
         check_name(name)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from useg.errors import DataError, UsageError, choose
@@ -48,6 +49,67 @@ JSON_LENGTH_HEADER = "inference-header-content-length"
 INPUT_TENSOR = "image"
 LABEL_MAP_TENSOR = "label_map"
 PROBABILITIES_TENSOR = "probabilities"
+
+
+class ServerMetadata(BaseModel):
+    """Open Inference Protocol: the server and its extensions of the protocol."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ServerLive(BaseModel):
+    """Open Inference Protocol: whether the server is live."""
+
+    live: bool
+
+
+class ServerReady(BaseModel):
+    """Open Inference Protocol: whether the server is ready."""
+
+    ready: bool
+
+
+class TensorMetadata(BaseModel):
+    """Open Inference Protocol: a tensor; -1 stands for any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ServedModelMetadata(BaseModel):
+    """Open Inference Protocol: the model's inputs and outputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServedModelReady(BaseModel):
+    """Open Inference Protocol: whether the model is ready."""
+
+    name: str
+    ready: bool
+
+
+class OutputTensor(TensorMetadata):
+    """Open Inference Protocol: an output, with its data unless they follow as binary data."""
+
+    data: list[float] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class InferenceResponse(BaseModel):
+    """Open Inference Protocol: the requested outputs."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputTensor]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -42,6 +43,46 @@ BYTES_PER_CORNER = 300
 # Most objects of a response; about 30 MB of JSON. Numbering them takes so many bytes per pixel.
 MAX_OBJECTS = 100_000
 BYTES_PER_OBJECT, BYTES_PER_NUMBERED_PIXEL = 2000, 80
+
+
+class ErrorMessage(BaseModel):
+    """What was wrong, what is allowed, what to do."""
+
+    error: str
+
+
+class ModelClass(BaseModel):
+    """A class of the model; the colour is CSS's ``#rrggbb``."""
+
+    id: int
+    name: str
+    color: str
+
+
+class ClassShare(ModelClass):
+    """The pixels of an image that belong to a class, and their share, 0 to 1."""
+
+    pixels: int
+    share: float
+
+
+class LabelSummary(BaseModel):
+    """The size of a label map and its classes.
+
+    ``unlike_training`` says whether the image looks unlike the training images; null for a model
+    that does not know them.
+    """
+
+    width: int
+    height: int
+    classes: list[ClassShare]
+    unlike_training: bool | None = None
+
+
+class BatchSummary(BaseModel):
+    """The label maps of a batch, in the order of its files."""
+
+    pictures: list[LabelSummary]
 
 
 class ResponseFormat(StrEnum):

@@ -1,18 +1,21 @@
-"""A model ready to be served: its shared network, its request queues, and its limits of memory."""
+"""A model ready to be served: its shared network, request queues, limits of memory, description."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from useg.classes import hex_color
 from useg.inference.predictor import MAX_SINGLE_PASS_PIXELS, Predictor
 from useg.inference.runtimes import MAX_WINDOW_BYTES, Runtime, probe_size
 from useg.machine import count_cores
 from useg.serving.middleware import Limits, Metrics, service_unavailable
 from useg.serving.request_queue import RequestQueue
+from useg.serving.responses import ModelClass
 from useg.serving.shared_network import (
     MAX_TIMES_WORKING_SIZE,
     LoadPlan,
@@ -33,6 +36,46 @@ LARGE_ENCODING_BYTES = 39_000_000
 
 # Memory of an image that is in progress, beside its logits: the decoded file, and label maps.
 WORK_BYTES_PER_PIXEL = 32
+
+
+class ModelWorkingSize(BaseModel):
+    """The size (width, height) to which the model resizes images, or by how much it scales them."""
+
+    frame: tuple[int, int] | None
+    scale: float
+
+
+class ServiceLimits(BaseModel):
+    """The limits of the service."""
+
+    bytes: int
+    pixels: int
+    pictures: int
+    seconds: float
+    memory: int
+
+
+class ServedModel(BaseModel):
+    """The model: what it takes and returns, its scores on held-out images, its training."""
+
+    name: str
+    classes: list[ModelClass]
+    channels: int
+    pixels: str
+    working: ModelWorkingSize
+    margin: int
+    stride: int
+    precision: str
+    runtime: str
+    scores: Any
+    provenance: dict[str, Any]
+    limits: ServiceLimits
+
+
+class HealthStatus(BaseModel):
+    """Health of the service."""
+
+    status: Literal["ok", "ready"]
 
 
 @dataclass
@@ -183,6 +226,37 @@ def make_service(predictor: Predictor, limits: Limits, plan: LoadPlan | None = N
         large_queue,
         UploadReader(limits),
         activation_bytes(runtime, limits, plan),
+    )
+
+
+def describe_service(service: Service) -> ServedModel:
+    """Return what clients may know of the model and of the limits."""
+    runtime, limits = service.predictor.runtime, service.limits
+    description = runtime.description
+    provenance = dict(description.provenance)
+    provenance.pop("training_images", None)
+    return ServedModel(
+        name=service.name,
+        classes=[
+            ModelClass(id=k, name=name, color=hex_color(description.classes, k))
+            for k, name in enumerate(description.classes.names)
+        ],
+        channels=description.channels,
+        pixels=description.pixels,
+        working=ModelWorkingSize(frame=description.working.frame, scale=description.working.scale),
+        margin=description.margin,
+        stride=description.stride,
+        precision=description.precision,
+        runtime=runtime.name,
+        scores=provenance.pop("validation", None),
+        provenance=provenance,
+        limits=ServiceLimits(
+            bytes=limits.upload_bytes,
+            pixels=limits.pixels,
+            pictures=limits.images,
+            seconds=limits.seconds,
+            memory=service.memory,
+        ),
     )
 
 
