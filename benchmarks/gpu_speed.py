@@ -42,7 +42,7 @@ from phases import StackSampler
 
 from useg.api import train
 from useg.config import read_provenance
-from useg.device import GraphedFunction, compiling_pays, graph_on_gpu
+from useg.device import GraphedFunction, allow_compiling, graph_on_gpu
 from useg.inference.files import predict
 from useg.inference.runtimes import gpu_function, torch_function
 from useg.models.segmenter import Segmenter
@@ -60,7 +60,7 @@ from useg.training.trainer import (
 # Functions that are told apart in a training run, and in prediction.
 TRAINING_PHASES = (
     "open_dataset",
-    "refuse_unsound",
+    "refuse_faulty",
     "make_plan",
     "label_statistics",
     "affordable_pixels",
@@ -380,7 +380,7 @@ def start(variant: str, options: Options, content: dict[str, Any]) -> None:
     backward alone (``mixed``), or by PyTorch in a network that is not channels-last
     (``contiguous``).
     """
-    with compiling_pays(variant != "native"):
+    with allow_compiling(variant != "native"):
         measure_start(variant, options, content)
 
 

@@ -54,7 +54,7 @@ from useg.models.segmenter import Segmenter, load_model
 from useg.scoring.metrics import confusion, score
 from useg.training import plan as planning
 from useg.training.loop import fit
-from useg.training.warm_start import take_over
+from useg.training.warm_start import adopt_settings
 
 NUM_SCORED = 16
 LABELLED, HELD_OUT = 8, 2
@@ -108,7 +108,7 @@ def train(
     given = {**changes, **NEVER}
     settings = Settings().with_(given)
     if start:
-        settings, _ = take_over(start, settings, given)
+        settings, _ = adopt_settings(start, settings, given)
     with reference_speed():
         fit(dataset, out, settings)
     return load_model(out)

@@ -124,9 +124,9 @@ def test_depthwise_kernels_are_compiled_only_where_it_pays(
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     gpu = torch.device("cuda")
     assert device.avoids_compiling(gpu) is avoids
-    with device.compiling_pays(True):
+    with device.allow_compiling(True):
         assert not device.avoids_compiling(gpu)
-        with device.compiling_pays(False):
+        with device.allow_compiling(False):
             assert device.avoids_compiling(gpu) is avoids
     assert device.avoids_compiling(gpu) is avoids
     assert not device.avoids_compiling(CPU)

@@ -24,7 +24,7 @@ from useg.files import (
     replacing_folder,
     write_json,
 )
-from useg.ownership import never
+from useg.ownership import recognize_none
 
 pytestmark = pytest.mark.wheel
 
@@ -84,7 +84,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         make_folder(tmp_path / "file" / "folder")
     with (
         pytest.raises(UsageError, match="cannot be written"),
-        replacing(tmp_path / "missing" / "a.txt", never),
+        replacing(tmp_path / "missing" / "a.txt", recognize_none),
     ):
         pytest.fail("the block must not run")
 
@@ -107,7 +107,7 @@ def test_a_missing_package_names_its_install_line() -> None:
 
 def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    with pytest.raises(DataError, match="did not write this file"), replacing(path, never):
+    with pytest.raises(DataError, match="did not write this file"), replacing(path, recognize_none):
         path.write_text("somebody's")
     assert path.read_text() == "somebody's"
     assert list(tmp_path.iterdir()) == [path]
@@ -118,7 +118,7 @@ def test_disks_without_hard_links_work(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    with replacing(tmp_path / "a.txt", never) as draft:
+    with replacing(tmp_path / "a.txt", recognize_none) as draft:
         draft.write_text("new")
     assert (tmp_path / "a.txt").read_text() == "new"
 
@@ -129,8 +129,8 @@ def test_drafts_of_a_live_job_stay_and_those_of_a_dead_one_go(tmp_path: Path) ->
     (tmp_path / ".useg-fedcba9876543210" / "images").mkdir(parents=True)
     (tmp_path / ".useg-0000000000000000").symlink_to("nowhere")
     with (
-        replacing(tmp_path / "a.png", never) as draft,
-        replacing_folder(tmp_path / "b", never) as folder,
+        replacing(tmp_path / "a.png", recognize_none) as draft,
+        replacing_folder(tmp_path / "b", recognize_none) as folder,
     ):
         clear_drafts(tmp_path)
         left = {path.name for path in tmp_path.iterdir()}
@@ -156,11 +156,11 @@ def test_a_folder_takes_the_place_of_an_empty_one_only(holds: str, tmp_path: Pat
         place.mkdir()
     if holds == "a file in it":
         (place / "mine.txt").touch()
-        with pytest.raises(DataError), replacing_folder(place, never):
+        with pytest.raises(DataError), replacing_folder(place, recognize_none):
             pytest.fail("the block must not run")
         assert (place / "mine.txt").exists()
         return
-    with replacing_folder(place, never) as draft:
+    with replacing_folder(place, recognize_none) as draft:
         (draft / "a.txt").write_text("new")
     assert [path.name for path in place.iterdir()] == ["a.txt"]
     assert list(tmp_path.iterdir()) == [place]
@@ -197,9 +197,9 @@ def test_names_may_be_as_long_as_the_disk_allows(length: int, tmp_path: Path) ->
     path = tmp_path / ("x" * (length - 4) + ".txt")
     if length > 255:
         with pytest.raises(MachineError, match="is too long for this disk; shorten it"):
-            replacing(path, never).__enter__()
+            replacing(path, recognize_none).__enter__()
         return
-    with replacing(path, never) as draft:
+    with replacing(path, recognize_none) as draft:
         draft.touch()
     assert path.exists()
 
@@ -212,9 +212,9 @@ def test_names_that_a_disk_takes_for_one_are_refused_there_alone(
     composed = [out / "caf\u00e9.png", out / "cafe\u0301.png"]
     for names in (alike, composed):
         # This disk, where the tests run, tells them apart, or it does not.
-        if not files._folds_names(out):
+        if not files._ignores_case(out):
             files.refuse_same_names(names)
-    monkeypatch.setattr(files, "_folds_names", lambda _: True)
+    monkeypatch.setattr(files, "_ignores_case", lambda _: True)
     for names in (alike, composed):
         with pytest.raises(DataError, match=r"would be one file in .*/not/yet"):
             files.refuse_same_names(names)
@@ -223,7 +223,7 @@ def test_names_that_a_disk_takes_for_one_are_refused_there_alone(
 
 def test_a_disk_that_folds_names_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(tmp_path.iterdir())
-    files._folds_names(tmp_path / "later")
+    files._ignores_case(tmp_path / "later")
     assert not list(tmp_path.iterdir())
     exists = os.path.lexists
     ways: list[Callable[[str], str]] = [str.upper, functools.partial(unicodedata.normalize, "NFD")]
@@ -233,4 +233,4 @@ def test_a_disk_that_folds_names_is_known(tmp_path: Path, monkeypatch: pytest.Mo
             return exists(path) or any(other(name) == path.name for name in os.listdir(tmp_path))
 
         monkeypatch.setattr(os.path, "lexists", folding)
-        assert files._folds_names(tmp_path)
+        assert files._ignores_case(tmp_path)

@@ -20,7 +20,7 @@ import useg
 from useg import machine
 from useg.data.cache_folder import compute_decoder_version
 from useg.machine import in_parallel, prefetch
-from useg.training.threads import keeping_threads
+from useg.training.threads import restored_threads
 
 TUNE = """
 import os
@@ -114,7 +114,7 @@ def test_parallel_work_that_has_not_begun_is_cancelled(monkeypatch: pytest.Monke
 
 
 def test_items_made_ahead_take_no_threads_from_those_that_use_them() -> None:
-    with keeping_threads():
+    with restored_threads():
         torch.set_num_threads(3)
         threads = prefetch(torch.get_num_threads() for _ in range(2))
         assert [(made, torch.get_num_threads()) for made in threads] == [(1, 3), (1, 3)]

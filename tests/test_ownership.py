@@ -127,6 +127,6 @@ def test_what_is_not_a_file_is_never_recognized_and_never_waited_for(
 def test_foreign_files_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
     for k in range(9):
         (tmp_path / str(k)).touch()
-    targets = [(path, ownership.never) for path in sorted(tmp_path.iterdir())]
+    targets = [(path, ownership.recognize_none) for path in sorted(tmp_path.iterdir())]
     with pytest.raises(DataError, match=r"these 9 files.*: \S+0, \S+1, \S+2 and 6 more; choose"):
         ownership.refuse_foreign_files(targets)

@@ -24,7 +24,7 @@ from useg.data.layouts import find_dataset
 from useg.data.split_files import read_split_csv
 from useg.data.splits import open_dataset
 from useg.device import CPU
-from useg.doctor.survey import refuse_unsound
+from useg.doctor.survey import refuse_faulty
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import LOCK_NAME, clear_drafts, locked_folder, make_folder, write_json
 from useg.images.files import resize_image, write_picture
@@ -59,9 +59,9 @@ from useg.reporting.text import Report
 from useg.scenes.scene import write_scenes
 from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, run_folder, strip_checkpoint
 from useg.training.loop import Run, fit
-from useg.training.threads import keeping_threads
+from useg.training.threads import restored_threads
 from useg.training.trainer import Progress, SilentProgress
-from useg.training.warm_start import refuse_changed_start, take_over
+from useg.training.warm_start import adopt_settings, refuse_changed_start
 
 DEMO_SIZE = (128, 96)
 DEMO_SCENES = {"train": 800, "test": 100}
@@ -164,7 +164,7 @@ def train(
     dataset = data if isinstance(data, Dataset) else open_dataset(data, chosen)
     refuse_data_folder(out, dataset)
     if not force and distributed.is_main_process():
-        refuse_unsound(dataset, progress.say)
+        refuse_faulty(dataset, progress.say)
     return _train_and_report(dataset, out, chosen, progress, began)
 
 
@@ -247,7 +247,7 @@ def _choose_settings(
         if config and chosen.model.start:
             refuse_changed_start(Path(config))
         return chosen
-    chosen, said = take_over(start, chosen, given | changes.keys())
+    chosen, said = adopt_settings(start, chosen, given | changes.keys())
     progress.say(said)
     return chosen
 
@@ -293,7 +293,7 @@ def _train_and_report(
     resume: bool = False,
 ) -> Run:
     """Train, in all processes that torchrun has started; then calibrate, score and report."""
-    with run_folder(out, locked=True), keeping_threads():
+    with run_folder(out, locked=True), restored_threads():
         ending = partial(_predict_report_seconds, dataset)
         with distributed.process_group():
             run = fit(
@@ -460,7 +460,7 @@ def _remove_demo(out: Path) -> None:
     clear_drafts(out)
     paths = [path for path in sorted(out.rglob("*")) if path.name != LOCK_NAME]
     files = [path for path in paths if path.is_symlink() or not path.is_dir()]
-    foreign = [path for path in files if not _is_of_demo(path)]
+    foreign = [path for path in files if not _is_demo_file(path)]
     if foreign:
         more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
         raise DataError(
@@ -475,7 +475,7 @@ def _remove_demo(out: Path) -> None:
                 folder.rmdir()
 
 
-def _is_of_demo(path: Path) -> bool:
+def _is_demo_file(path: Path) -> bool:
     if path.name == _DEMO_MARKER:
         return not path.is_symlink() and path.is_file() and not path.stat().st_size
     if path.name == "classes.toml":

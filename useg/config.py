@@ -308,7 +308,7 @@ class TrainSettings(_Settings):
 
 # Settings that earlier versions lacked, with the values that match their behaviour, grouped by
 # the version that introduced them.
-_LOOK_SETTINGS: dict[str, Any] = {
+_PHOTOMETRIC_SETTINGS: dict[str, Any] = {
     "zoom": (0.6, 1.15),
     "photometric": 0.0,
     "color_jitter": 1.0,
@@ -318,7 +318,7 @@ _LOOK_SETTINGS: dict[str, Any] = {
     "blur": 0.3,
     "noise": 0.3,
 }
-_LATER_VERSIONS: tuple[dict[str, Any], ...] = (_LOOK_SETTINGS, {"exposure": 0.0})
+_LATER_VERSIONS: tuple[dict[str, Any], ...] = (_PHOTOMETRIC_SETTINGS, {"exposure": 0.0})
 LATER_SETTINGS = {name: value for version in _LATER_VERSIONS for name, value in version.items()}
 
 

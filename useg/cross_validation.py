@@ -20,7 +20,7 @@ from useg.config import Settings, read_settings
 from useg.data.dataset import Dataset, Pair, pair_name, read_sample
 from useg.data.folds import Folds, make_folds
 from useg.data.layouts import find_dataset
-from useg.doctor.survey import refuse_unsound
+from useg.doctor.survey import refuse_faulty
 from useg.errors import DataError, SettingsError, UsageError, format_count
 from useg.files import locked_folder, make_folder, write_json
 from useg.inference.predictor import Predictor, load
@@ -158,7 +158,7 @@ def train_folds(
     described = _describe_folds(made)
     _check_folder(out, described, resume)
     if not force:
-        refuse_unsound(made.folds[0].dataset, progress.say)
+        refuse_faulty(made.folds[0].dataset, progress.say)
     make_folder(out)
     with locked_folder(out):
         write_json(out / FOLDS_NAME, described)

@@ -58,7 +58,7 @@ TensorFunction = Callable[..., Tensors]
 # later steps take 10 to 40 % longer.
 MIN_COMPILING_CUDNN = 91000
 
-_compiling_pays: ContextVar[bool] = ContextVar("compiling_pays", default=False)
+_may_compile: ContextVar[bool] = ContextVar("may_compile", default=False)
 
 
 def choose_device(wanted: str | None = None) -> torch.device:
@@ -218,18 +218,18 @@ def measure_speedup(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def compiling_pays(pays: bool) -> Iterator[None]:
-    """Say whether cuDNN may compile kernels in this thread, because they are used for long."""
-    token = _compiling_pays.set(pays)
+def allow_compiling(is_allowed: bool) -> Iterator[None]:
+    """Let cuDNN compile kernels in this thread, or not; it pays if they are used for minutes."""
+    token = _may_compile.set(is_allowed)
     try:
         yield
     finally:
-        _compiling_pays.reset(token)
+        _may_compile.reset(token)
 
 
 def avoids_compiling(device: torch.device) -> bool:
     """Whether a device computes depthwise convolutions without cuDNN, which would compile them."""
-    return device.type == "cuda" and not _compiling_pays.get() and _cudnn_compiles()
+    return device.type == "cuda" and not _may_compile.get() and _cudnn_compiles()
 
 
 def _cudnn_compiles() -> bool:

@@ -293,10 +293,10 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def fold_name(name: str) -> str:
+def comparable_name(name: str) -> str:
     """Return what two names have in common that some disks take for one.
 
-    >>> fold_name("Street.PNG"), fold_name("caf\u00e9") == fold_name("cafe\u0301")
+    >>> comparable_name("Street.PNG"), comparable_name("caf\u00e9") == comparable_name("cafe\u0301")
     ('street.png', True)
     """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
@@ -312,8 +312,8 @@ def refuse_same_names(paths: Iterable[Path]) -> None:
     """
     seen: dict[tuple[Path, str], Path] = {}
     for path in paths:
-        other = seen.setdefault((path.parent, fold_name(path.name)), path)
-        if other != path and _folds_names(path.parent):
+        other = seen.setdefault((path.parent, comparable_name(path.name)), path)
+        if other != path and _ignores_case(path.parent):
             raise DataError(
                 f"{other.name!r} and {path.name!r} would be one file in {path.parent}: its disk "
                 "does not distinguish capital from small letters, or two encodings of an accent; "
@@ -321,7 +321,7 @@ def refuse_same_names(paths: Iterable[Path]) -> None:
             )
 
 
-def _folds_names(folder: Path) -> bool:
+def _ignores_case(folder: Path) -> bool:
     """Whether the disk of a folder, which need not exist yet, takes different names for one."""
     place = folder.absolute()
     while not place.is_dir() and place != place.parent:

@@ -15,7 +15,7 @@ from useg.errors import DataError
 # A folder, and the names of the files in it; links to folders that are not followed.
 FolderContent = tuple[str, list[str], list[str]]
 
-# Content of folders that were walked, while :func:`walking_once` caches it.
+# Content of folders that were walked, while :func:`cached_walks` caches it.
 _walks: ContextVar[dict[Path, list[FolderContent]] | None] = ContextVar("_walks", default=None)
 
 
@@ -45,7 +45,7 @@ def list_files(folder: Path, suffixes: Container[str]) -> list[Path]:
 
 
 @contextmanager
-def walking_once() -> Iterator[None]:
+def cached_walks() -> Iterator[None]:
     """Cache the content of folders within this block, so each is walked only once.
 
     Nothing may be written into these folders meanwhile.
@@ -81,13 +81,13 @@ def _walk(root: Path) -> Iterator[FolderContent]:
             for name in folders
             if not _is_hidden(name) and os.path.islink(os.path.join(place, name))
         ]
-        skipped = [link for link in links if _is_read_anyway(os.path.realpath(link), place, top)]
+        skipped = [link for link in links if _is_already_listed(os.path.realpath(link), place, top)]
         names = {os.path.basename(link) for link in skipped}
         folders[:] = [name for name in folders if not _is_hidden(name) and name not in names]
         yield place, files, skipped
 
 
-def _is_read_anyway(target: str, place: str, top: str) -> bool:
+def _is_already_listed(target: str, place: str, top: str) -> bool:
     """Return whether a link leads to a parent of itself, or to another folder of the data."""
     around = Path(os.path.realpath(place))
     inside = Path(target).relative_to(top).parts if Path(target).is_relative_to(top) else None

@@ -113,7 +113,7 @@ def mark_png(content: bytes) -> bytes:
     return content[: PNG_MARK_AT - 4] + encoded + content[PNG_MARK_AT - 4 :]
 
 
-def never(path: Path) -> bool:
+def recognize_none(path: Path) -> bool:
     """Recognise nothing: what exists here is never replaced."""
     return False
 

@@ -6,7 +6,7 @@ import pytest
 from useg.classes import IGNORE, ClassTable
 from useg.data.class_mapping import (
     ClassMapping,
-    has_made_up_names,
+    has_default_names,
     match_classes,
     parse_class_map,
     unnamed_classes_error,
@@ -79,8 +79,8 @@ def test_unknown_names_in_a_mapping_are_refused_with_a_suggestion() -> None:
 
 
 def test_names_that_no_file_gave_are_recognised() -> None:
-    assert has_made_up_names(ClassTable(("class 0", "class 12")))
-    assert has_made_up_names(ClassTable(("background", "foreground")))
-    assert has_made_up_names(ClassTable(("color #307020",)))
-    assert not has_made_up_names(MODEL)
+    assert has_default_names(ClassTable(("class 0", "class 12")))
+    assert has_default_names(ClassTable(("background", "foreground")))
+    assert has_default_names(ClassTable(("color #307020",)))
+    assert not has_default_names(MODEL)
     assert "--map ids" in str(unnamed_classes_error(MODEL, "data"))

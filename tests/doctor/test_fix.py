@@ -30,7 +30,7 @@ from useg.cli import main
 from useg.data.dataset import Dataset, Pair
 from useg.doctor import fix
 from useg.errors import UsageError
-from useg.files import fold_name
+from useg.files import comparable_name
 from useg.reporting.inspection import inspect_dataset
 from useg.scenes.scene import make_scene
 
@@ -166,7 +166,7 @@ def test_copies_of_different_images_never_have_one_name(tmp_path: Path) -> None:
     pairs = [Pair(tmp_path / name, tmp_path / "masks" / name) for name in names]
     table = ClassTable(("ground", "square"))
     given = fix._unique_names(pairs, Dataset(tmp_path, "folders", tuple(pairs), table))
-    assert len(set(map(fold_name, given))) == len(given) == len(names)
+    assert len(set(map(comparable_name, given))) == len(given) == len(names)
     assert given[:3] == ["a_b_c", "a_b_c_2", "A_b_c_3"]
     alone = [pairs[0], pairs[4]]
     given = fix._unique_names(alone, Dataset(tmp_path, "folders", tuple(alone), table))

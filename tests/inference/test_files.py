@@ -585,6 +585,6 @@ def test_images_whose_label_maps_are_one_file_on_the_disk_are_refused(
 ) -> None:
     images = [tmp_path / "a.png", tmp_path / "A.png"]
     assert len(files.plan_outputs(images, tmp_path / "out", OutputOptions())) == 2
-    monkeypatch.setattr("useg.files._folds_names", lambda _: True)
+    monkeypatch.setattr("useg.files._ignores_case", lambda _: True)
     with pytest.raises(UsageError, match="would be one file"):
         files.plan_outputs(images, tmp_path / "out", OutputOptions())

@@ -330,6 +330,6 @@ def test_images_whose_masks_are_one_file_on_this_disk_are_refused(
     images = write_images(tmp_path)
     (images / "p0.png").rename(images / "P1.png")
     assert len(opened(images).images) == 3
-    monkeypatch.setattr(files, "_folds_names", lambda _: True)
+    monkeypatch.setattr(files, "_ignores_case", lambda _: True)
     with pytest.raises(DataError, match=r"'P1\.png' and 'p1\.png' would be one file"):
         opened(images)

@@ -18,14 +18,14 @@ from useg.errors import UsageError
 from useg.scenes import scene
 from useg.scenes.layout import lay_out
 from useg.scenes.light import light
-from useg.scenes.render import Eye, Mood, paint_faces, project, vote
+from useg.scenes.render import Camera, Lighting, majority_label, paint_faces, project
 from useg.scenes.scene import make_scene, write_scenes
-from useg.scenes.scenery import GLOW, PEDESTRIAN, POLE, ROAD, SKY, TRAFFIC, Dice, Scenery
+from useg.scenes.scenery import GLOW, PEDESTRIAN, POLE, ROAD, SKY, TRAFFIC, RandomSource, Scenery
 
 pytestmark = pytest.mark.wheel
 
-EYE = Eye(width=128, height=96, focal=100, horizon=48, x=0, y=1.5)
-DARK = Mood(
+EYE = Camera(width=128, height=96, focal=100, horizon=48, x=0, y=1.5)
+DARK = Lighting(
     "dark",
     (0.0, 1.0, 0.0),
     (0, 0, 0),
@@ -39,9 +39,9 @@ DARK = Mood(
 )
 
 
-def label_of(scenery: Scenery, eye: Eye = EYE) -> NDArray[np.uint8]:
-    faces = project(scenery, eye)
-    return vote(paint_faces(faces, eye), faces.labels)
+def label_of(scenery: Scenery, camera: Camera = EYE) -> NDArray[np.uint8]:
+    faces = project(scenery, camera)
+    return majority_label(paint_faces(faces, camera), faces.labels)
 
 
 @pytest.mark.parametrize("size", [(128, 96), (33, 47)])
@@ -91,7 +91,7 @@ def test_the_same_seed_is_the_same_street_at_every_size() -> None:
         assert (small == large[::2, ::2]).mean() > 0.92
     for seed in range(10):
         far, near = (
-            set(lay_out(Dice(np.random.default_rng(seed)), focal)[0].frames)
+            set(lay_out(RandomSource(np.random.default_rng(seed)), focal)[0].frames)
             for focal in (90.0, 360.0)
         )
         assert len(far & near) > 0.9 * len(
@@ -102,7 +102,9 @@ def test_the_same_seed_is_the_same_street_at_every_size() -> None:
 def test_weather_changes_the_picture_but_never_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = []
     for k in range(4):
-        monkeypatch.setattr(scene, "_MOOD_ODDS", tuple(float(k == other) for other in range(4)))
+        monkeypatch.setattr(
+            scene, "_LIGHTING_PROBABILITIES", tuple(float(k == other) for other in range(4))
+        )
         samples.append(make_scene(8, (128, 96)))
     for one, two in itertools.pairwise(samples):
         assert np.array_equal(one.label, two.label)
@@ -111,17 +113,17 @@ def test_weather_changes_the_picture_but_never_the_label(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("seed", range(4))
 def test_painted_in_the_classes_colors_the_picture_is_the_label(seed: int) -> None:
-    scenery, x = lay_out(Dice(np.random.default_rng(seed)), 100.0)
-    scenery.looks = [
+    scenery, x = lay_out(RandomSource(np.random.default_rng(seed)), 100.0)
+    scenery.attributes = [
         (look_[0], GLOW, look_[2], *CARLA.colors[int(look_[0])], *look_[6:])
-        for look_ in scenery.looks
+        for look_ in scenery.attributes
     ]
-    eye = Eye(128, 96, 100, 45, x, 1.5, yaw=0.05, roll=0.02, curve=0.001, slope=0.0004)
-    faces = project(scenery, eye)
-    canvas = paint_faces(faces, eye)
+    camera = Camera(128, 96, 100, 45, x, 1.5, yaw=0.05, roll=0.02, curve=0.001, slope=0.0004)
+    faces = project(scenery, camera)
+    canvas = paint_faces(faces, camera)
     label, picture = (
-        vote(canvas, faces.labels),
-        light(canvas, faces, np.zeros(canvas.shape, np.uint8), eye, DARK),
+        majority_label(canvas, faces.labels),
+        light(canvas, faces, np.zeros(canvas.shape, np.uint8), camera, DARK),
     )
     distance = np.abs(picture[:, :, None] - np.array(CARLA.colors, np.float32)).max(-1)
     pure = distance.min(-1) < 0.01  # all four places that make the pixel show one class
@@ -133,8 +135,8 @@ def test_painted_in_the_classes_colors_the_picture_is_the_label(seed: int) -> No
 
 def test_a_pole_stands_where_the_pinhole_puts_it() -> None:
     scenery = Scenery(EYE.focal)
-    scenery.stand(TRAFFIC, x=1.0, z=10.0)
-    scenery.card(0, 0, 2.0, 3.0, POLE, (200, 0, 0))
+    scenery.move_to(TRAFFIC, x=1.0, z=10.0)
+    scenery.billboard(0, 0, 2.0, 3.0, POLE, (200, 0, 0))
     expected = np.zeros((96, 128), np.uint8)
     expected[33:63, 64:84] = (
         # 100 px * (3 - 1.5) m / 10 m above the horizon's row 48, 100 px * 1.5 m / 10 m below it
@@ -148,8 +150,8 @@ def test_a_pole_stands_where_the_pinhole_puts_it() -> None:
 def test_what_is_nearer_hides_what_is_behind_and_what_is_behind_the_camera_is_not_seen() -> None:
     scenery = Scenery(EYE.focal)
     for z, label in ((10.0, POLE), (20.0, PEDESTRIAN), (-5.0, PEDESTRIAN)):
-        scenery.stand(TRAFFIC, z=z)
-        scenery.card(0, 0, 2.0, 3.0, label, (200, 0, 0))
+        scenery.move_to(TRAFFIC, z=z)
+        scenery.billboard(0, 0, 2.0, 3.0, label, (200, 0, 0))
     label_map = label_of(scenery)
     assert label_map[50, 64] == POLE
     assert PEDESTRIAN not in label_map
@@ -157,7 +159,7 @@ def test_what_is_nearer_hides_what_is_behind_and_what_is_behind_the_camera_is_no
 
 def test_what_reaches_behind_the_camera_is_cut_off_there() -> None:
     scenery = Scenery(EYE.focal)
-    scenery.stand(TRAFFIC)
+    scenery.move_to(TRAFFIC)
     scenery.face((-500, 0, -5), (1000, 0, 0), (0, 0, 400), ROAD, (90, 90, 90))
     label = label_of(scenery)
     assert (label[50:] == ROAD).all()

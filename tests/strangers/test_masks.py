@@ -22,7 +22,7 @@ from useg.data.layouts import find_dataset
 from useg.data.mask_encoding import number_objects
 from useg.data.splits import open_dataset
 from useg.doctor import survey
-from useg.doctor.survey import refuse_unsound
+from useg.doctor.survey import refuse_faulty
 from useg.errors import DataError, UsageError
 from useg.reporting.inspection import inspect_dataset
 from useg.training.batches import pixel_statistics
@@ -348,13 +348,13 @@ def test_sound_data_are_surveyed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     save(tmp_path / "data" / "images" / "photoc.png", 255 - yard(2)[0])
     dataset = open_dataset(tmp_path / "data")
     doubts: list[str] = []
-    refuse_unsound(dataset, doubts.append)
+    refuse_faulty(dataset, doubts.append)
     assert [doubt[:60] for doubt in doubts] == [
         "useg inspect warns: 1 of 12 images looks like a negative of "
     ]
     monkeypatch.setattr(survey, "survey_dataset", lambda _: pytest.fail("it was surveyed again"))
     again: list[str] = []
-    refuse_unsound(dataset, again.append)
+    refuse_faulty(dataset, again.append)
     assert again == doubts
 
 

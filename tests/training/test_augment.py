@@ -1,4 +1,4 @@
-"""What looks do to pixels, each alone."""
+"""What each photometric change does to pixels."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from useg.training.augment import (
-    Look,
-    LookRange,
-    apply_looks,
-    draw_look,
+    PhotometricRange,
+    PixelChange,
+    apply_changes,
+    draw_change,
     draw_uniform,
     match_colours,
     measure_colours,
 )
 
 LIMIT = 255.0
-ALL = LookRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, LIMIT)
+ALL = PhotometricRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, LIMIT)
 
 
-def plain(channels: int = 3) -> Look:
-    return Look(np.eye(channels, dtype=np.float32))
+def plain(channels: int = 3) -> PixelChange:
+    return PixelChange(np.eye(channels, dtype=np.float32))
 
 
 def images(channels: int = 3) -> torch.Tensor:
@@ -31,8 +31,8 @@ def images(channels: int = 3) -> torch.Tensor:
     return torch.from_numpy(random.astype(np.float32))
 
 
-def changed(look: Look) -> torch.Tensor:
-    return apply_looks(images(), [look, plain()], LIMIT, LIMIT)
+def changed(change: PixelChange) -> torch.Tensor:
+    return apply_changes(images(), [change, plain()], LIMIT, LIMIT)
 
 
 def test_the_default_look_changes_nothing() -> None:
@@ -82,9 +82,9 @@ def test_noise_is_that_of_its_seed() -> None:
 
 
 def test_gray_crops_have_equal_bands_and_keep_their_brightness() -> None:
-    ranges = LookRange(grayscale=1.0, limit=LIMIT)
-    look = draw_look(np.random.default_rng(0), 3, ranges)
-    result = apply_looks(images(), [look, look], LIMIT, LIMIT)
+    ranges = PhotometricRange(grayscale=1.0, limit=LIMIT)
+    change = draw_change(np.random.default_rng(0), 3, ranges)
+    result = apply_changes(images(), [change, change], LIMIT, LIMIT)
     assert torch.allclose(result[..., 0], result[..., 2], atol=1e-2)
     assert float(result.mean()) == pytest.approx(float(images().mean()), rel=0.05)
 
@@ -93,24 +93,25 @@ def test_gray_crops_have_equal_bands_and_keep_their_brightness() -> None:
 @pytest.mark.parametrize("limit", [LIMIT, None])
 def test_any_bands_with_or_without_a_limit(channels: int, limit: float | None) -> None:
     ranges = replace(ALL, limit=limit)
-    looks = [draw_look(np.random.default_rng(k), channels, ranges) for k in range(2)]
-    result = apply_looks(images(channels), looks, limit, 100.0)
+    changes = [draw_change(np.random.default_rng(k), channels, ranges) for k in range(2)]
+    result = apply_changes(images(channels), changes, limit, 100.0)
     assert result.shape == images(channels).shape
     assert bool(torch.isfinite(result).all())
     if limit is None:
-        assert [look.fog for look in looks] == [(0.0, 0.0)] * 2
+        assert [change.fog for change in changes] == [(0.0, 0.0)] * 2
 
 
 @pytest.mark.parametrize("limit", [LIMIT, None])
-def test_looks_of_a_batch_at_once_equal_those_of_one_crop_after_the_other(
+def test_changes_of_a_batch_at_once_equal_those_of_one_crop_after_the_other(
     limit: float | None,
 ) -> None:
     ranges = replace(ALL, shading=0.5, fog=0.5, blur=0.5, noise=0.5, limit=limit)
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        looks = [draw_look(rng, 3, ranges) for _ in range(2)]
+        changes = [draw_change(rng, 3, ranges) for _ in range(2)]
         alone, at_once = (
-            apply_looks(images(), looks, limit, 100.0, at_once=at_once) for at_once in (False, True)
+            apply_changes(images(), changes, limit, 100.0, at_once=at_once)
+            for at_once in (False, True)
         )
         torch.testing.assert_close(at_once, alone, rtol=1e-5, atol=1e-3)
 
@@ -122,11 +123,11 @@ def test_uniform_numbers_are_those_of_numpy() -> None:
 
 
 def test_another_exposure_darkens_some_crops_and_brightens_others() -> None:
-    ranges = LookRange(exposure=1.0, limit=LIMIT)
+    ranges = PhotometricRange(exposure=1.0, limit=LIMIT)
     means = [
         float(
-            apply_looks(
-                images(), [draw_look(np.random.default_rng(k), 3, ranges)] * 2, LIMIT, 1
+            apply_changes(
+                images(), [draw_change(np.random.default_rng(k), 3, ranges)] * 2, LIMIT, 1
             ).mean()
         )
         for k in range(30)
@@ -137,14 +138,16 @@ def test_another_exposure_darkens_some_crops_and_brightens_others() -> None:
 
 
 def test_the_exposure_leaves_pixels_without_a_limit_as_they_are() -> None:
-    look = draw_look(np.random.default_rng(0), 3, LookRange(exposure=1.0))
-    assert np.allclose(look.colors, np.eye(3), atol=1e-6)
+    change = draw_change(np.random.default_rng(0), 3, PhotometricRange(exposure=1.0))
+    assert np.allclose(change.colors, np.eye(3), atol=1e-6)
 
 
 def test_nothing_is_drawn_without_a_range() -> None:
-    assert not LookRange(limit=LIMIT)
-    look = draw_look(np.random.default_rng(0), 3, LookRange(limit=LIMIT))
-    assert torch.allclose(apply_looks(images(), [look, look], LIMIT, LIMIT), images(), atol=1e-2)
+    assert not PhotometricRange(limit=LIMIT)
+    change = draw_change(np.random.default_rng(0), 3, PhotometricRange(limit=LIMIT))
+    assert torch.allclose(
+        apply_changes(images(), [change, change], LIMIT, LIMIT), images(), atol=1e-2
+    )
 
 
 def test_an_image_takes_the_colours_of_another() -> None:
@@ -168,5 +171,5 @@ def test_an_image_takes_the_colours_of_another() -> None:
 def test_colours_are_matched_before_all_other_changes() -> None:
     x = torch.from_numpy(np.random.default_rng(0).uniform(0, 99, (1, 8, 8, 3)).astype(np.float32))
     old = measure_colours(x[0].numpy())
-    look = Look(2 * np.eye(3, dtype=np.float32), matched=(old, np.zeros_like(old) + 50))
-    assert torch.allclose(apply_looks(x, [look], LIMIT, LIMIT), torch.tensor(100.0))
+    change = PixelChange(2 * np.eye(3, dtype=np.float32), matched=(old, np.zeros_like(old) + 50))
+    assert torch.allclose(apply_changes(x, [change], LIMIT, LIMIT), torch.tensor(100.0))

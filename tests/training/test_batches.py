@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from useg.data.cache import CachedSample
 from useg.models.geometry import reflect_indices
-from useg.training.augment import LookRange, measure_colours
+from useg.training.augment import PhotometricRange, measure_colours
 from useg.training.batches import Batches, Crop, DeviceSamples, cut_crop, draw_crop
 
 
@@ -102,9 +102,11 @@ def batches(flips: str | None, margin: int = 0) -> Batches:
     return Batches(samples, (16, 12), 2, 0, flips, mean, std, margin, torch.device("cpu"))
 
 
-def test_looks_change_images_alone_and_depend_on_seed_and_number_alone() -> None:
+def test_photometric_changes_apply_to_images_alone_and_depend_on_seed_and_number_alone() -> None:
     plain = replace(batches("all"), zoom=(0.5, 2.0))
-    changed = replace(plain, looks=LookRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, limit=255.0))
+    changed = replace(
+        plain, photometric=PhotometricRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, limit=255.0)
+    )
     for number in (0, 3):
         x, target = changed.at(number)
         again, _ = changed.at(number)

@@ -15,13 +15,13 @@ from torch import Tensor
 from useg.config import read_settings
 from useg.machine import OtherPrograms
 from useg.training import loop, threads
-from useg.training.threads import ThreadControl, fitting_threads, keeping_threads
+from useg.training.threads import ThreadControl, fitting_threads, restored_threads
 from useg.training.trainer import Trainer
 
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    with keeping_threads():
+    with restored_threads():
         torch.set_num_threads(2)
         yield
 

@@ -25,7 +25,7 @@ from useg.models.segmenter import Segmenter, load_model, save_model
 from useg.reporting.report import evaluate
 from useg.training.plan import make_plan
 from useg.training.trainer import SilentProgress, prepare_trainer
-from useg.training.warm_start import WarmStart, read_start, take_over
+from useg.training.warm_start import WarmStart, adopt_settings, read_start
 
 NAMES = ("ground", "disc", "bar")
 SHORT = {
@@ -78,7 +78,7 @@ def begin(model: Segmenter, data: Path, **changes: Any) -> tuple[Segmenter, Warm
     """Return the model of a run before its first step, and what it starts from."""
     path = data / f"start {len(list(data.iterdir()))}.safetensors"
     save_model(model, path)
-    settings, _ = take_over(path, api.Settings().with_({**SHORT, **changes}), changes)
+    settings, _ = adopt_settings(path, api.Settings().with_({**SHORT, **changes}), changes)
     dataset = open_dataset(data, settings)
     plan = make_plan(settings, dataset)
     start = read_start(plan, dataset)

@@ -92,7 +92,7 @@ def name_color(code: int) -> str:
     return f"color #{code:06x}"
 
 
-def has_made_up_names(table: ClassTable) -> bool:
+def has_default_names(table: ClassTable) -> bool:
     """Whether useg has named the classes, because no file did."""
     return all(
         name in TWO_CLASSES or re.fullmatch(r"class \d+|color #[0-9a-f]{6}", name)

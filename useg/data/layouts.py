@@ -45,14 +45,14 @@ from useg.data.mask_encoding import find_encoding
 from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.names import are_described, name_files
 from useg.data.official_splits import LIST_SUFFIXES, read_split_lists
-from useg.data.pair_lists import find_listed
-from useg.data.pairing import find_pairs, find_photographs_alike, match_lists, role_of_array
-from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
+from useg.data.pair_lists import find_table_pairs
+from useg.data.pairing import find_pairs, find_photograph_sets, match_lists, role_of_array
+from useg.data.schemes import PUBLISHED_TABLES, distinguish_carla, recognize_published
 from useg.data.scribbles import describe_scribbles
 from useg.data.split_files import read_split_csv
 from useg.data.truth import OpenChoiceError
 from useg.errors import DataError, UsageError, format_count, join_names, suggest
-from useg.folders import list_files, list_subfolders, walk_folders, walking_once
+from useg.folders import cached_walks, list_files, list_subfolders, walk_folders
 from useg.images.files import (
     count_pages,
     list_image_files,
@@ -75,7 +75,7 @@ _END_BYTES = 4096
 _ANNOTATED = re.compile(rb'"(annotations|shapes|regions)"\s*:\s*[\[{]\s*[\[{"]|<(image|polygon) ')
 
 # The first recognizer that finds pairs wins.
-_RECOGNIZERS = (find_pairs, find_listed, find_annotated)
+_RECOGNIZERS = (find_pairs, find_table_pairs, find_annotated)
 
 
 _TIFF_SUFFIXES = (".tif", ".tiff")
@@ -100,7 +100,7 @@ _ZIP_END_BYTES, _MAX_ZIP_LIST_BYTES = 66_000, 1 << 20
 ClassInference = Callable[..., ClassDecision]
 
 
-@walking_once()
+@cached_walks()
 def find_dataset(
     root: Path,
     classes: str | Path | ClassTable | None = None,
@@ -232,7 +232,7 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
 
 def _prefer_table(found: DetectedLayout, folder: Path) -> DetectedLayout:
     """Return the pairs of a table if only some names agree, which then is an accident."""
-    listed = find_listed(folder)
+    listed = find_table_pairs(folder)
     return listed if listed is not None and len(listed.pairs) > len(found.pairs) else found
 
 
@@ -389,7 +389,7 @@ def _decide_classes(
     elif classes or settings.classes or named.is_file():
         decision = ClassDecision(read_classes(named))
     elif found.layout == "carla":
-        table, note = tell_carla([pair for pair in found.pairs if pair.truth is None])
+        table, note = distinguish_carla([pair for pair in found.pairs if pair.truth is None])
         decision = ClassDecision(table, notes=(note,) if note else ())
     elif found.classes is not None:
         decision = ClassDecision(found.classes)
@@ -612,7 +612,7 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
             "like a mask. If it is the mask, save it as a file of its own, such as masks/a.png, "
             "and the other bands as images/a.png"
         )
-    if alike := find_photographs_alike(folder):
+    if alike := find_photograph_sets(folder):
         return (
             f"The names of {alike} agree, but both look like photographs, and masks have plain "
             "areas of class ids or of few colours. Turn probabilities or heights into class ids "

@@ -162,7 +162,7 @@ def find_encoding(
     chosen = pick_evenly(pairs, _NUM_MASKS_READ)
     masks = _Masks(chosen)
     notes = []
-    if alpha is None and (alpha := hold_alpha(masks)):
+    if alpha is None and (alpha := are_classes_in_alpha(masks)):
         notes.append(
             "the masks have the same colour everywhere and differ in their transparency, so "
             "useg reads the classes from it; to read the colours, set alpha = false in dataset.toml"
@@ -188,11 +188,11 @@ def _find_numbered(
     masks: _Masks, pairs: Sequence[Pair], alpha: bool, are_inferred: bool
 ) -> tuple[bool, list[str]]:
     """Return whether masks number objects, and notes; the arguments are those of find_encoding."""
-    judgement, notes = _judge_objects(_stored(masks, alpha)), []
+    judgement, notes = _classify_values(_stored(masks, alpha)), []
     if are_inferred and not alpha:
-        notes += _ask_about_numbers(judgement, masks, pairs)
+        notes += _describe_possible_numbers(judgement, masks, pairs)
     if judgement == "unclear" and are_inferred:
-        if _look_alike(masks, pairs, _MIN_COUNTED_REGIONS_ALIKE):
+        if _are_regions_alike(masks, pairs, _MIN_COUNTED_REGIONS_ALIKE):
             judgement = "objects"
         else:
             notes.append(_UNCLEAR_OBJECTS)
@@ -278,7 +278,7 @@ def _nodata_of(header: MaskHeader) -> list[float]:
     return [value] if value is not None and value >= 0 and value.is_integer() else []
 
 
-def hold_alpha(masks: Iterable[DecodedMask]) -> bool:
+def are_classes_in_alpha(masks: Iterable[DecodedMask]) -> bool:
     """Whether the colours of all masks are one, and their transparency differs.
 
     The colours may also be those of a photograph, as programs leave them that remove backgrounds.
@@ -355,7 +355,7 @@ def find_scale(headers: Iterable[MaskHeader]) -> int:
     return scale if len(scales) == 1 and 1 <= scale <= _MAX_SCALE else 1
 
 
-def _ask_about_numbers(
+def _describe_possible_numbers(
     judgement: str, masks: Iterable[DecodedMask], pairs: Sequence[Pair]
 ) -> list[str]:
     """Say that values may only tell neighbours apart, if their regions look alike.
@@ -370,7 +370,7 @@ def _ask_about_numbers(
             "write objects = true (all objects are one class) or false (each value is a class) "
             "into dataset.toml"
         )
-    if judgement != "classes" or not _look_alike(masks, pairs):
+    if judgement != "classes" or not _are_regions_alike(masks, pairs):
         return []
     return [
         "the regions of all values but 0 look alike: they have the same sizes, places and "
@@ -420,7 +420,7 @@ def _describe_factor(is_thousand: bool, masks: Iterable[DecodedMask]) -> str:
     )
 
 
-def _look_alike(
+def _are_regions_alike(
     masks: Iterable[DecodedMask], pairs: Sequence[Pair], least: int = _MIN_REGIONS_ALIKE
 ) -> bool:
     """Whether nothing but their values tells the regions of different values apart.
@@ -477,10 +477,10 @@ def _describe_regions(pair: Pair) -> list[list[float]]:
 
 def number_objects(masks: Iterable[CodeMap]) -> bool:
     """Whether the values of masks are numbers of objects, and not classes."""
-    return _judge_objects(masks) == "objects"
+    return _classify_values(masks) == "objects"
 
 
-def _judge_objects(masks: Iterable[CodeMap]) -> str:
+def _classify_values(masks: Iterable[CodeMap]) -> str:
     """Return ``objects`` if values number objects, ``unclear`` if they may, otherwise ``classes``.
 
     If they are numbers of objects beside a class each, such as 2001 and 2002, it is ``both``.

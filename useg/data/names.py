@@ -263,7 +263,9 @@ def _normalize(name: str) -> str:
     *folders, stem = unicodedata.normalize("NFC", name).split("/")
     divided = [_divide_folder(folder) for folder in folders]
     splits = [split for split, _ in divided if split]
-    return "/".join((*splits, *(rest for _, rest in divided if rest), fold_parts(split_name(stem))))
+    return "/".join(
+        (*splits, *(rest for _, rest in divided if rest), join_comparable(split_name(stem)))
+    )
 
 
 def _divide_folder(folder: str) -> tuple[str, str]:
@@ -271,12 +273,12 @@ def _divide_folder(folder: str) -> tuple[str, str]:
     parts = split_folder(YEAR.sub("", folder))
     words = [part for part in parts if part.casefold() in SPLIT_FOLDERS]
     if len(words) != 1:
-        return "", fold_parts(split_folder(folder))
-    rest = fold_parts([part for part in parts if part != words[0]])
+        return "", join_comparable(split_folder(folder))
+    rest = join_comparable([part for part in parts if part != words[0]])
     return SPLIT_FOLDERS[words[0].casefold()], rest.strip("_-. ")
 
 
-def fold_parts(parts: Iterable[str]) -> str:
+def join_comparable(parts: Iterable[str]) -> str:
     """Join the parts of a name in lower case, numbers without leading zeros."""
     return "".join(
         part.lstrip("0") or "0" if part.isdecimal() else part.casefold() for part in parts

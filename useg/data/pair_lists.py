@@ -28,9 +28,9 @@ _MAX_LIST_BYTES, _MAX_CELLS = 50_000_000, 4_000_000
 # Most rows name files that are there, so there are not many more rows than files.
 _MAX_ROWS, _MAX_ROWS_PER_FILE = 100_000, 10
 # Rows that show which columns name files, and the share of them that must name files.
-_NUM_ROWS_LOOKED_AT = 20
+_NUM_SAMPLED_ROWS = 20
 _MIN_NAMED = 0.8
-_NUM_LOOKED_AT = 4
+_NUM_SAMPLED = 4
 _SPLIT_HEADERS = ("split", "set", "subset", "partition", "usage")
 
 # The parts at the end of a path -> the files that have them.
@@ -46,7 +46,7 @@ class _Listed:
     splits: tuple[str, ...]
 
 
-def find_listed(root: Path) -> DetectedLayout | None:
+def find_table_pairs(root: Path) -> DetectedLayout | None:
     """Pair the images and masks that tables list in two columns, or return None.
 
     Raises:
@@ -122,7 +122,7 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
     columns = list(_columns_of_files(rows, tails))
     if len(columns) != 2:
         return None
-    images, masks = _tell_images(columns, rows, header, tails)
+    images, masks = _order_columns(columns, rows, header, tails)
     place = next((k for k, name in enumerate(header) if name in _SPLIT_HEADERS), None)
     split = split_of_list(table.stem)
     found = [
@@ -149,7 +149,7 @@ def _split_json(lines: Iterable[str]) -> Iterator[list[str]]:
 
 def _columns_of_files(rows: Sequence[Sequence[str]], tails: _Tails) -> Iterator[int]:
     """Yield the columns that name files, another one in each row."""
-    looked_at = pick_evenly(rows, _NUM_ROWS_LOOKED_AT)
+    looked_at = pick_evenly(rows, _NUM_SAMPLED_ROWS)
     for k in range(min(map(len, looked_at))):
         found = [_find_file(row[k], tails) for row in looked_at]
         named = [path for path in found if path is not None]
@@ -157,7 +157,7 @@ def _columns_of_files(rows: Sequence[Sequence[str]], tails: _Tails) -> Iterator[
             yield k
 
 
-def _tell_images(
+def _order_columns(
     columns: Sequence[int], rows: Sequence[Sequence[str]], header: Sequence[str], tails: _Tails
 ) -> Sequence[int]:
     """Return the column of images, then that of masks: by header, else by pixels, else in order."""
@@ -170,15 +170,15 @@ def _tell_images(
         if len(named) == 1:
             other = next(column for column in columns if column != named[0])
             return (named[0], other) if k == 0 else (other, named[0])
-    looks = [
+    num_photographs = [
         Counter(
             is_photograph(path)
-            for row in pick_evenly(rows, _NUM_LOOKED_AT)
+            for row in pick_evenly(rows, _NUM_SAMPLED)
             if (path := _find_file(row[column], tails))
         )[True]
         for column in columns
     ]
-    return columns if looks[0] >= looks[1] else columns[::-1]
+    return columns if num_photographs[0] >= num_photographs[1] else columns[::-1]
 
 
 def _split_in(row: Sequence[str], place: int) -> str:

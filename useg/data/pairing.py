@@ -24,7 +24,7 @@ from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Instances, Pair, pi
 from useg.data.names import (
     IMAGE_WORDS,
     MASK_WORDS,
-    fold_parts,
+    join_comparable,
     learn_links,
     plain_stem,
     role_of_words,
@@ -85,7 +85,7 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
     """
     pairs = {name: name for name in images if name in masks}
     if not pairs:
-        folded = [_fold_names(names) for names in (images, masks)]
+        folded = [_join_comparable_names(names) for names in (images, masks)]
         pairs = {folded[0][name]: folded[1][name] for name in folded[0] if name in folded[1]}
     while True:
         rest = [name for name in images if name not in pairs]
@@ -105,10 +105,10 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
     )
 
 
-def _fold_names(names: Iterable[str]) -> dict[str, str]:
+def _join_comparable_names(names: Iterable[str]) -> dict[str, str]:
     """Return names by what they are without capitals and leading zeros, if that is unique."""
     listed = list(names)
-    folded = {fold_parts(split_name(name)): name for name in listed}
+    folded = {join_comparable(split_name(name)): name for name in listed}
     return folded if len(folded) == len(listed) else {}
 
 
@@ -183,7 +183,7 @@ def role_of_array(name: str) -> str:
     return role_of_words({_ARRAY_ROLES.get(word, word) for word in split_name(name.casefold())})
 
 
-def find_photographs_alike(root: Path) -> str:
+def find_photograph_sets(root: Path) -> str:
     """Return two sets of files whose names agree and whose pixels all look like photographs."""
     paths = list_image_files(root)
     if len(paths) < 2:
@@ -429,7 +429,7 @@ _MIN_FULL_COVER = 0.99
 _Marked = list[list[NDArray[np.bool_]]]
 
 
-def _are_called_by_words(folders: Iterable[Sequence[Path]]) -> bool:
+def _are_named_by_class(folders: Iterable[Sequence[Path]]) -> bool:
     """Whether masks in several folders share a name without a number: that of a class."""
     names = Counter(path.stem for masks in folders for path in masks)
     return any(count > 2 and not re.search(r"[0-9]", stem) for stem, count in names.items())
@@ -456,7 +456,7 @@ def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | Non
     num_covered = sum(1 + len(masks) for _, _, masks in places)
     if len(places) < 2 or 2 * len(places) < len(beside) or 2 * num_covered < len(paths):
         return None
-    if _are_called_by_words(masks for _, _, masks in places):
+    if _are_named_by_class(masks for _, _, masks in places):
         return None
     if any(_has_own_mask(image, masks) for image, _, masks in places):
         return None
@@ -464,9 +464,9 @@ def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | Non
     if not several or is_photograph(several[0][0]):
         return None
     marked = _read_marked(several)
-    if _cover_everything(several, marked):
+    if _cover_whole_image(several, marked):
         return None
-    _refuse_opinions(several, marked)
+    _refuse_several_annotators(several, marked)
     pairs = (
         Pair(image, folder, find_official_split(image, root), truth=Instances(tuple(masks)))
         for image, folder, masks in places
@@ -494,7 +494,7 @@ def _read_marked(several: Sequence[Sequence[Path]]) -> _Marked:
     return found
 
 
-def _cover_everything(several: Sequence[Sequence[Path]], marked: _Marked) -> bool:
+def _cover_whole_image(several: Sequence[Sequence[Path]], marked: _Marked) -> bool:
     """Return whether the masks of an image cover it, as one mask per class and background does."""
     return all(
         each and len(masks) <= _NUM_COMPARED_MASKS and np.any(each, 0).mean() >= _MIN_FULL_COVER
@@ -502,7 +502,7 @@ def _cover_everything(several: Sequence[Sequence[Path]], marked: _Marked) -> boo
     )
 
 
-def _refuse_opinions(several: Sequence[Sequence[Path]], marked: _Marked) -> None:
+def _refuse_several_annotators(several: Sequence[Sequence[Path]], marked: _Marked) -> None:
     """Refuse several masks of each image that show the same objects, as those of annotators do.
 
     Raises:
@@ -562,8 +562,8 @@ def join_masks(
                 "be joined; choose those that count in a dataset.toml"
             )
     marked = _read_marked(several)
-    _refuse_opinions(several, marked)
-    if _cover_everything(several, marked):
+    _refuse_several_annotators(several, marked)
+    if _cover_whole_image(several, marked):
         listed = ", ".join(f"'{path}'" for path in several[0][:_NUM_NAMED])
         raise DataError(
             f"the masks of each image, such as {listed}, together cover all of it, so they seem to "

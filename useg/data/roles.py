@@ -28,8 +28,8 @@ from useg.data.names import (
     split_path,
 )
 from useg.data.truth import (
-    ANSWER_WORDS,
     OTHER_WORDS,
+    PREDICTION_WORDS,
     Candidate,
     OpenChoiceError,
     choose_truth,
@@ -42,7 +42,7 @@ from useg.images.files import read_size
 # The number of one of several masks of an image, at the end of its name.
 _COUNTER = re.compile(r"[_\-. ]*\(?[0-9]+\)?$")
 # Files whose pixels tell images from masks, of each set of files.
-_NUM_LOOKED_AT = 4
+_NUM_SAMPLED = 4
 # Among more files than this, a rule for a single pair is an accident.
 _MAX_FILES_OF_ONE_PAIR = 5
 # A set of masks for a smaller share of the images is not weighed against the others.
@@ -80,7 +80,7 @@ class NamedFiles:
 
     def kind_by_pixels(self, names: Iterable[str]) -> str:
         """Return ``image`` or ``mask`` by the pixels of a few files, or ``mixed``."""
-        chosen = pick_evenly(sorted(names), _NUM_LOOKED_AT)
+        chosen = pick_evenly(sorted(names), _NUM_SAMPLED)
         for name in chosen:
             if name not in self._photographs:
                 self._photographs[name] = is_photograph(self.paths[name])
@@ -157,15 +157,15 @@ def links_to_masks(files: NamedFiles) -> list[Link]:
             # The pixels of images may be as plain as those of masks.
             weak.append((is_other, 1, link if named[0] == "image" else link.reverse))
     ranked = sorted(strong or weak, key=lambda item: (-len(item[2].partners), *item[:2]))
-    return _leave_out_answers([link for *_, link in ranked], files)
+    return _leave_out_predictions([link for *_, link in ranked], files)
 
 
-def _leave_out_answers(links: Sequence[Link], files: NamedFiles) -> list[Link]:
+def _leave_out_predictions(links: Sequence[Link], files: NamedFiles) -> list[Link]:
     """Leave out the links to masks that are called predictions, if their images have no others."""
     kept = [
         link
         for link in links
-        if not ANSWER_WORDS
+        if not PREDICTION_WORDS
         & files.constants(link.partners.values()) - files.constants(link.partners)
     ]
     images = {image for link in kept for image in link.partners}
@@ -191,7 +191,7 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         main, note = _choose_images(links, files)
         main = _add_numbered(main, used, files)
         images, masks = set(main.partners), set(main.partners.values())
-        claims = _claims(images, links)
+        claims = _masks_of_other_images(images, links)
         further = _find_further_masks(main, used | claims.keys(), files)
         extra = {name for names in further.values() for name in names}
         least = min(len(images), max(2, _MIN_RIVAL_SHARE * len(images)))
@@ -213,7 +213,7 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         twins = _list_series(
             (
                 link.partners
-                for link in _twins(main, links)
+                for link in _links_to_same_masks(main, links)
                 if 2 * len(link.partners) >= len(images)
             ),
             files,
@@ -233,7 +233,7 @@ def _list_series(sets: Iterable[Iterable[str]], files: NamedFiles) -> set[str]:
     return {name for names in folders.values() if files.is_series(names) for name in names}
 
 
-def _claims(images: set[str], links: Sequence[Link]) -> dict[str, int]:
+def _masks_of_other_images(images: set[str], links: Sequence[Link]) -> dict[str, int]:
     """Return the masks that a rule gives to other images, with the pairs of that rule."""
     claims: dict[str, int] = {}
     for link in links:
@@ -253,7 +253,7 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     """
     main = links[0]
     images = set(main.partners)
-    sets = [main, *_distinct(_twins(main, links), of_images=True)]
+    sets = [main, *_distinct(_links_to_same_masks(main, links), of_images=True)]
     sets = [link for link in sets if 2 * len(link.partners) > len(main.partners)]
     if len(sets) == 1:
         return main, ""
@@ -279,11 +279,11 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
         "images, or if the masks show what has changed between them, join the bands of each image "
         "in one TIFF or .npy: numpy.save('images/NAME.npy', numpy.dstack([one, other]))",
         _as_candidates(sets, files),
-        _weigh(truths),
+        _keep_equally_good(truths),
     )
 
 
-def _twins(main: Link, links: Sequence[Link]) -> list[Link]:
+def _links_to_same_masks(main: Link, links: Sequence[Link]) -> list[Link]:
     """Return the links from other images to the same masks."""
     images, masks = set(main.partners), set(main.partners.values())
     return [
@@ -350,7 +350,7 @@ def _have_mask_stems(link: Link, files: NamedFiles) -> bool:
 
 def _have_mask_sizes(link: Link, files: NamedFiles) -> bool:
     """Return whether a few images have the sizes of their masks."""
-    for one in pick_evenly(sorted(link.partners), _NUM_LOOKED_AT):
+    for one in pick_evenly(sorted(link.partners), _NUM_SAMPLED):
         try:
             sizes = [read_size(files.paths[name], 0) for name in (one, link.partners[one])]
         except UsageError:
@@ -360,7 +360,7 @@ def _have_mask_sizes(link: Link, files: NamedFiles) -> bool:
     return True
 
 
-def _weigh(truths: Sequence[Candidate]) -> Sequence[Candidate]:
+def _keep_equally_good(truths: Sequence[Candidate]) -> Sequence[Candidate]:
     """Return the sets of masks that are as good as each other."""
     if len(truths) < 2:
         return truths

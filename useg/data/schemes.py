@@ -275,7 +275,7 @@ CARLA_0_9_14 = ClassTable(
 _MIN_ROAD_RATIO = 3
 
 
-def tell_carla(pairs: Sequence[Pair]) -> tuple[ClassTable, str]:
+def distinguish_carla(pairs: Sequence[Pair]) -> tuple[ClassTable, str]:
     """Return the ids that CARLA masks have, and a note about it, which may be empty.
 
     CARLA 0.8 has the ids 0 to 12, and 0.9 up to 0.9.13 adds ten more. Since 0.9.14 the same numbers
@@ -319,7 +319,7 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
     masks = [pair.mask for pair in found.pairs if pair.truth is None]
     if not masks:
         return found
-    if masks[0].parent.name == "trimaps" and _hold_ids(masks[:3], OXFORD_PETS):
+    if masks[0].parent.name == "trimaps" and _contain_only_ids(masks[:3], OXFORD_PETS):
         return _add_pet_splits(found)
     if all(path.stem.startswith(("ADE_train_", "ADE_val_")) for path in masks):
         listed = (
@@ -333,7 +333,7 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
             classes=_build_ade20k_table(next(filter(Path.is_file, listed), None)),
         )
     table = TABLES_BY_NAME.get(masks[0].stem.rpartition("_")[2])
-    if found.layout == "cityscapes" or (table and _hold_ids(masks[:3], table)):
+    if found.layout == "cityscapes" or (table and _contain_only_ids(masks[:3], table)):
         return _take_cityscapes(found, masks, table)
     if found.layout in ("folders", "camvid"):
         return _take_camvid(found, masks)
@@ -352,7 +352,7 @@ def _take_camvid(found: DetectedLayout, masks: Sequence[Path]) -> DetectedLayout
     """Add the classes of CamVid, if the masks have its colours, or its folders and its ids."""
     if _has_camvid_colors(masks[:3]):
         return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
-    if found.layout != "camvid" or not _hold_ids(masks[:3], CAMVID):
+    if found.layout != "camvid" or not _contain_only_ids(masks[:3], CAMVID):
         return replace(found, layout="folders")
     note = (
         "the names of the folders and the ids are those of CamVid, so useg uses its classes; a "
@@ -373,7 +373,7 @@ def _have_any_class(masks: Sequence[Path], table: ClassTable) -> bool:
     return False
 
 
-def _hold_ids(masks: Iterable[Path], table: ClassTable) -> bool:
+def _contain_only_ids(masks: Iterable[Path], table: ClassTable) -> bool:
     """Return whether masks have the values of a table only."""
     for path in masks:
         try:

@@ -51,7 +51,7 @@ _MAX_CLASSES = 256
 # Neighbours that differ in a photograph, and in hardly any mask: share of all.
 _NOISE = 0.2
 # Names of files that a model wrote.
-ANSWER_WORDS = frozenset(
+PREDICTION_WORDS = frozenset(
     [
         *("pred", "preds", "predict", "predicted", "prediction", "predictions"),
         *("output", "outputs", "result", "results"),
@@ -59,7 +59,7 @@ ANSWER_WORDS = frozenset(
 )
 # Names of files that are neither images nor masks of classes. They decide only what the pixels
 # leave open.
-OTHER_WORDS = ANSWER_WORDS | frozenset(
+OTHER_WORDS = PREDICTION_WORDS | frozenset(
     [
         *("object", "objects", "instance", "instances", "inst", "panoptic", "color", "colors"),
         *("superpixel", "superpixels", "visibility", "distance", "distances", "centers", "pseudo"),
@@ -160,7 +160,7 @@ def is_two_valued(path: Path) -> bool:
     return points is not None and len(np.unique(points)) <= 2
 
 
-class _Look:
+class _MaskSet:
     """What a few masks of a candidate store, at the points of a grid."""
 
     def __init__(self, candidate: Candidate, points: Sequence[NDArray[np.int64] | None]) -> None:
@@ -231,8 +231,8 @@ class _Look:
         return len(lasts) > 1 and max(lasts) > 3 and sum(full) * 2 > len(full)
 
 
-def _look_at(candidate: Candidate, images: Sequence[Path]) -> _Look:
-    return _Look(
+def _sample_masks(candidate: Candidate, images: Sequence[Path]) -> _MaskSet:
+    return _MaskSet(
         candidate,
         [
             read_points(candidate.masks[image]) if image in candidate.masks else None
@@ -248,7 +248,7 @@ def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return int((one & other).sum()) / union if union else 1.0
 
 
-def _pairs(one: _Look, other: _Look) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _pairs(one: _MaskSet, other: _MaskSet) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Return the values of both at the same points, apart from those that are ignored in one."""
     pairs = []
     for a, b in zip(one.points, other.points, strict=True):
@@ -258,15 +258,15 @@ def _pairs(one: _Look, other: _Look) -> list[tuple[NDArray[np.int64], NDArray[np
     return pairs
 
 
-def _is_ignored(points: NDArray[np.int64], look: _Look) -> NDArray[np.bool_]:
+def _is_ignored(points: NDArray[np.int64], mask_set: _MaskSet) -> NDArray[np.bool_]:
     # Beside other ids, 255 is for what does not count.
     ignored: NDArray[np.bool_] = points == (
-        IGNORE if len(look.all_values) > 2 and not look.is_colored else -1
+        IGNORE if len(mask_set.all_values) > 2 and not mask_set.is_colored else -1
     )
     return ignored
 
 
-def _follows(one: _Look, other: _Look) -> float:
+def _follows(one: _MaskSet, other: _MaskSet) -> float:
     """Return the share of the points in which ``one``'s value follows from ``other``'s."""
     shares = [_purity(a, b) for a, b in _pairs(one, other)]
     return min(shares, default=0.0)
@@ -285,7 +285,7 @@ def _purity(values: NDArray[np.int64], given: NDArray[np.int64]) -> float:
     return float(best.sum() / values.size)
 
 
-def _are_strokes(one: _Look, other: _Look) -> bool:
+def _are_strokes(one: _MaskSet, other: _MaskSet) -> bool:
     """Return whether ``one`` has strokes of the classes of ``other``, also on the background."""
     pairs = _pairs(one, other)
     values, counts = np.unique(np.concatenate([a for a, _ in pairs]), return_counts=True)
@@ -303,7 +303,7 @@ def _are_strokes(one: _Look, other: _Look) -> bool:
     )
 
 
-def _is_part(one: _Look, other: _Look) -> bool:
+def _is_part(one: _MaskSet, other: _MaskSet) -> bool:
     """Return whether ``one`` labels a part of what ``other`` labels, such as scribbles of it."""
     pairs = _pairs(one, other)
     if pairs and _are_strokes(one, other):
@@ -318,11 +318,11 @@ def _is_part(one: _Look, other: _Look) -> bool:
     return area < _PARTIAL_AREA * full and min(*agree, *inside) >= _PARTIAL_AGREEMENT
 
 
-def _are_two_things(one: _Look, other: _Look) -> bool:
+def _are_two_things(one: _MaskSet, other: _MaskSet) -> bool:
     """Return whether two masks of two values are called by two things: lung and infection."""
     words = [
-        Counter(word.casefold() for word in split_name(look.candidate.name) if word.isalpha())
-        for look in (one, other)
+        Counter(word.casefold() for word in split_name(mask_set.candidate.name) if word.isalpha())
+        for mask_set in (one, other)
     ]
     own = [{*(mine - theirs)} - MASK_WORDS - OTHER_WORDS for mine, theirs in (words, words[::-1])]
     return len(one.all_values) == len(other.all_values) == 2 and all(own)
@@ -341,68 +341,75 @@ def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
     most = max(len(candidate.masks) for candidate in candidates)
     full = [image for image in covered if all(image in each.masks for each in candidates)]
     images = pick_evenly(sorted(full or covered), _NUM_SAMPLES)
-    looks = [_look_at(candidate, images) for candidate in candidates]
-    for look in looks:
-        look.reason = _no_truth(look, looks)
+    mask_sets = [_sample_masks(candidate, images) for candidate in candidates]
+    for mask_set in mask_sets:
+        mask_set.reason = _no_truth(mask_set, mask_sets)
     for prefer in (
         partial(_prefer_by_coverage, most=most),
         _prefer_by_content,
         _prefer_by_name,
         partial(_prefer_by_edges, images=images),
     ):
-        if len(left := _left(looks)) > 1:
+        if len(left := _left(mask_sets)) > 1:
             prefer(left)
-    left = _left(looks)
+    left = _left(mask_sets)
     if len(left) != 1:
-        raise OpenChoiceError(_question(looks), candidates, [each.candidate for each in left])
+        raise OpenChoiceError(_question(mask_sets), candidates, [each.candidate for each in left])
     chosen = left[0].candidate
-    others = [f"{look.candidate.name} {look.reason}" for look in looks if look.reason]
-    views = [look.candidate for look in looks if look.same_shape >= _SAME_SHAPE]
+    others = [
+        f"{mask_set.candidate.name} {mask_set.reason}" for mask_set in mask_sets if mask_set.reason
+    ]
+    views = [mask_set.candidate for mask_set in mask_sets if mask_set.same_shape >= _SAME_SHAPE]
     note = "; ".join((f"the masks are {chosen.name}", *others))
     return TruthChoice(chosen, (note,), views[0] if len(views) == 1 else None)
 
 
-def _left(looks: Sequence[_Look]) -> list[_Look]:
-    return [look for look in looks if not look.reason]
+def _left(mask_sets: Sequence[_MaskSet]) -> list[_MaskSet]:
+    return [mask_set for mask_set in mask_sets if not mask_set.reason]
 
 
-def _prefer_by_coverage(left: Sequence[_Look], most: int) -> None:
+def _prefer_by_coverage(left: Sequence[_MaskSet], most: int) -> None:
     """Leave out masks of few images, unless they may be one of the classes."""
-    usual = [look for look in left if len(look.candidate.masks) >= MIN_COVERAGE * most]
-    for look in left:
-        if look not in usual and not any(_may_be_classes(look, other) for other in usual):
-            look.reason = f"exists for only {format_count(len(look.candidate.masks), 'image')}"
+    usual = [mask_set for mask_set in left if len(mask_set.candidate.masks) >= MIN_COVERAGE * most]
+    for mask_set in left:
+        if mask_set not in usual and not any(_may_be_classes(mask_set, other) for other in usual):
+            mask_set.reason = (
+                f"exists for only {format_count(len(mask_set.candidate.masks), 'image')}"
+            )
 
 
-def _prefer_by_content(left: Sequence[_Look]) -> None:
+def _prefer_by_content(left: Sequence[_MaskSet]) -> None:
     """Leave out masks that say the same as others or less."""
     for one, other in itertools.permutations(left, 2):
         if not one.reason and not other.reason:
             one.reason = _explain(one, other)
 
 
-def _prefer_by_name(left: Sequence[_Look]) -> None:
+def _prefer_by_name(left: Sequence[_MaskSet]) -> None:
     """Leave out what is called objects, colours or the like, if one set of masks is not.
 
     Otherwise leave out what is not called classes or the like, if one set is. The names of files
     count if the globs do not decide.
     """
-    for words in ([look.words for look in left], [look.file_words for look in left]):
+    for words in (
+        [mask_set.words for mask_set in left],
+        [mask_set.file_words for mask_set in left],
+    ):
         shared = frozenset.intersection(*words)
         called = [sorted((own - shared) & OTHER_WORDS) for own in words]
         are_classes = [bool((own - shared) & _CLASS_WORDS) for own in words]
         if called.count([]) == 1:
-            for look, found in zip(left, called, strict=True):
-                look.reason = f"is called {found[0]!r}" if found else ""
+            for mask_set, found in zip(left, called, strict=True):
+                mask_set.reason = f"is called {found[0]!r}" if found else ""
             return
         if are_classes.count(True) == 1:
-            for look, is_class in zip(left, are_classes, strict=True):
+            for mask_set, is_class in zip(left, are_classes, strict=True):
                 name = left[are_classes.index(True)].candidate.name
-                look.reason = "" if is_class else f"is not called classes, unlike {name}"
+                mask_set.reason = "" if is_class else f"is not called classes, unlike {name}"
             return
 
 
-def _prefer_by_edges(left: Sequence[_Look], images: Sequence[Path]) -> None:
+def _prefer_by_edges(left: Sequence[_MaskSet], images: Sequence[Path]) -> None:
     """Leave out masks of the same classes that fit the edges of every image less than others do.
 
     Measured: among masks that were moved by two pixels, made wavy, coarse or larger, the true ones
@@ -417,21 +424,21 @@ def _prefer_by_edges(left: Sequence[_Look], images: Sequence[Path]) -> None:
     are_apart = any(_hardly_overlap(two) for two in itertools.combinations(left, 2))
     if not are_alike or len(images) < _MIN_EDGE_IMAGES or are_apart:
         return
-    ratios = np.array([[_fit_of(look, image) for image in images] for look in left])
+    ratios = np.array([[_fit_of(mask_set, image) for image in images] for mask_set in left])
     medians = np.median(ratios, axis=1)
     best = int(medians.argmax())
-    for look, fits, median in zip(left, ratios, medians, strict=True):
-        if look is not left[best] and (fits * _MIN_EDGE_GAIN < ratios[best]).all():
-            look.reason = (
+    for mask_set, fits, median in zip(left, ratios, medians, strict=True):
+        if mask_set is not left[best] and (fits * _MIN_EDGE_GAIN < ratios[best]).all():
+            mask_set.reason = (
                 f"fits the edges of the images less well than {left[best].candidate.name} "
                 f"({median:.2f} against {medians[best]:.2f})"
             )
 
 
-def _fit_of(look: _Look, image: Path) -> float:
+def _fit_of(mask_set: _MaskSet, image: Path) -> float:
     """Return how much more an image changes at the edges of its mask than elsewhere; or NaN."""
     try:
-        pixels, mask = read_image(image), read_mask(look.candidate.masks[image])
+        pixels, mask = read_image(image), read_mask(mask_set.candidate.masks[image])
     except (UsageError, KeyError):
         return float("nan")
     areas = mask if mask.ndim == 2 else mask.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
@@ -444,24 +451,24 @@ def _fit_of(look: _Look, image: Path) -> float:
     return edge_ratio(pixels[middle], areas[middle]) or float("nan")
 
 
-def _no_truth(look: _Look, looks: Sequence[_Look]) -> str:
+def _no_truth(mask_set: _MaskSet, mask_sets: Sequence[_MaskSet]) -> str:
     """Return why a candidate is no truth whatever the others are, or ``""``."""
-    if not look.values:
+    if not mask_set.values:
         return "cannot be read"
-    if len(look.all_values) == 1:
-        return f"has the value {look.all_values[0]} everywhere"
-    if look.same_shape >= _SAME_SHAPE:
+    if len(mask_set.all_values) == 1:
+        return f"has the value {mask_set.all_values[0]} everywhere"
+    if mask_set.same_shape >= _SAME_SHAPE:
         return (
-            f"has nearly the same shape in every image (IoU {look.same_shape:.2f}), like a field "
-            "of view"
+            f"has nearly the same shape in every image (IoU {mask_set.same_shape:.2f}), like a "
+            "field of view"
         )
-    fewest = min((other.most_values for other in looks if other.most_values > 1), default=0)
-    if look.most_values > _MAX_CLASSES >= 4 * fewest:
-        return f"has {look.most_values:,} values in one image"
+    fewest = min((other.most_values for other in mask_sets if other.most_values > 1), default=0)
+    if mask_set.most_values > _MAX_CLASSES >= 4 * fewest:
+        return f"has {mask_set.most_values:,} values in one image"
     return ""
 
 
-def _explain(one: _Look, other: _Look) -> str:
+def _explain(one: _MaskSet, other: _MaskSet) -> str:
     """Return why ``one`` says the same as ``other`` or less, or ``""``."""
     forward, back = _follows(one, other), _follows(other, one)
     name = other.candidate.name
@@ -486,21 +493,26 @@ def _explain(one: _Look, other: _Look) -> str:
     return ""
 
 
-def _own_other_words(one: _Look, other: _Look) -> frozenset[str]:
+def _own_other_words(one: _MaskSet, other: _MaskSet) -> frozenset[str]:
     """Return the words that call one set of masks, and not the other, objects, colours etc."""
     return (one.words - other.words) & OTHER_WORDS
 
 
-def _question(looks: Sequence[_Look]) -> str:
-    listed = ", ".join(f"{look.candidate.name} ({len(look.candidate.masks)})" for look in looks)
+def _question(mask_sets: Sequence[_MaskSet]) -> str:
+    listed = ", ".join(
+        f"{mask_set.candidate.name} ({len(mask_set.candidate.masks)})" for mask_set in mask_sets
+    )
     found = [
-        f"{look.candidate.name} "
-        + (look.reason or f"has up to {format_count(look.most_values, 'value')} in one mask")
-        for look in looks
+        f"{mask_set.candidate.name} "
+        + (
+            mask_set.reason
+            or f"has up to {format_count(mask_set.most_values, 'value')} in one mask"
+        )
+        for mask_set in mask_sets
     ]
     return (
-        f"there are {len(looks)} sets of masks for the same images: {listed}. It is unclear which "
-        f"of them is the ground truth: {'; '.join(found)}"
+        f"there are {len(mask_sets)} sets of masks for the same images: {listed}. It is unclear "
+        f"which of them is the ground truth: {'; '.join(found)}"
     )
 
 
@@ -510,11 +522,11 @@ def are_class_masks(candidates: Sequence[Candidate]) -> bool:
         return False
     counts = Counter(image for candidate in candidates for image in candidate.masks)
     images = sorted(image for image, count in counts.items() if count > 1)
-    looks = [_look_at(each, pick_evenly(images, _NUM_SAMPLES)) for each in candidates]
-    return bool(images) and _hardly_overlap(looks)
+    mask_sets = [_sample_masks(each, pick_evenly(images, _NUM_SAMPLES)) for each in candidates]
+    return bool(images) and _hardly_overlap(mask_sets)
 
 
-def _may_be_classes(one: _Look, other: _Look) -> bool:
+def _may_be_classes(one: _MaskSet, other: _MaskSet) -> bool:
     """Return whether two sets may hold one class each, of which images have one or both."""
     both = [
         a for a, b in zip(one.points, other.points, strict=True) if not (a is None or b is None)
@@ -522,12 +534,12 @@ def _may_be_classes(one: _Look, other: _Look) -> bool:
     return bool(both) and _hardly_overlap((one, other))
 
 
-def _hardly_overlap(looks: Sequence[_Look]) -> bool:
+def _hardly_overlap(mask_sets: Sequence[_MaskSet]) -> bool:
     """Return whether masks have two values each, and what is inside in one is not in another."""
-    if any(len(look.all_values) != 2 for look in looks):
+    if any(len(mask_set.all_values) != 2 for mask_set in mask_sets):
         return False
     shared = total = 0
-    for one, other in itertools.combinations(looks, 2):
+    for one, other in itertools.combinations(mask_sets, 2):
         for a, b in zip(one.points, other.points, strict=True):
             if a is not None and b is not None and a.shape == b.shape:
                 inside = a != one.all_values[0], b != other.all_values[0]
@@ -561,10 +573,10 @@ def describe_constant_shape(masks: Iterable[Path]) -> str:
         values |= set() if found is None else set(np.unique(found).tolist())
         if len(values) > 2:
             return ""
-    look = _Look(Candidate("", {}), points)
-    if look.same_shape < _SAME_SHAPE:
+    mask_set = _MaskSet(Candidate("", {}), points)
+    if mask_set.same_shape < _SAME_SHAPE:
         return ""
     return (
-        f"the masks have nearly the same shape in every image (IoU {look.same_shape:.2f}), as a "
-        "field of view has, but masks of classes rarely do; check that these files are the masks"
+        f"the masks have nearly the same shape in every image (IoU {mask_set.same_shape:.2f}), as "
+        "a field of view has, but masks of classes rarely do; check that these files are the masks"
     )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
-from useg.doctor.looks import find_negative_images
+from useg.doctor.appearance import find_negative_images
 from useg.doctor.measure import (
     THUMBNAIL_SHAPE,
     Finding,
@@ -243,7 +243,7 @@ def _find_exchanged(
     """
     # Where a whole folder or split differs, no single mask may gain before all of it is exchanged.
     starts = (np.zeros(len(counts), bool), *groups)
-    states = [_settle(counts, order, start) for start in starts]
+    states = [_exchange_until_stable(counts, order, start) for start in starts]
     is_exchanged = max(states, key=lambda state: -_gain_by_order(counts, order, state)[0].sum())
     gains, cells = _gain_by_order(counts, order, is_exchanged)
     has_classes = cells.any(1)
@@ -270,7 +270,7 @@ def _find_exchanged(
     return {int(k): float(total[k]) for k in np.flatnonzero(is_exchanged)}
 
 
-def _settle(
+def _exchange_until_stable(
     counts: NDArray[np.float64], order: tuple[int, ...], is_exchanged: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """Exchange masks as long as they gain by it; return the exchanged ones, or all the others."""

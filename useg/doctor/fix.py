@@ -31,11 +31,11 @@ from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
 from useg.doctor.measure import Repair, class_ids_by_code, read_ids
 from useg.doctor.survey import Survey
 from useg.errors import DataError, MachineError, UsageError, format_count
-from useg.files import fold_name, make_folder, replacing, replacing_folder
+from useg.files import comparable_name, make_folder, replacing, replacing_folder
 from useg.images.files import Image, write_label, write_picture
 from useg.images.formats import ALL_PAGES
 from useg.machine import in_parallel
-from useg.ownership import never
+from useg.ownership import recognize_none
 from useg.parsing import printable
 
 _UNREPAIRED = "left out: its mask cannot be repaired to have the image's size and only known values"
@@ -107,7 +107,7 @@ def write_clean_copy(survey: Survey, out: Path, *, drop_doubtful: bool = False) 
     """
     check_output_folder(out, survey.root)
     make_folder(out.absolute().parent)
-    with replacing_folder(out, never) as draft:
+    with replacing_folder(out, recognize_none) as draft:
         return replace(_write_draft(draft, survey, drop_doubtful), out=out)
 
 
@@ -242,15 +242,15 @@ def _unique_names(pairs: Sequence[Pair], dataset: Dataset) -> list[str]:
         pair.image.stem if pair.page in (None, ALL_PAGES) else f"{pair.image.stem}_{pair.page:04d}"
         for pair in pairs
     ]
-    occurrences = Counter(map(fold_name, stems))
+    occurrences = Counter(map(comparable_name, stems))
     names: dict[str, str] = {}
     for pair, stem in zip(pairs, stems, strict=True):
-        if occurrences[fold_name(stem)] > 1:
+        if occurrences[comparable_name(stem)] > 1:
             folders = Path(pair_name(pair, dataset.root)).parent.parts
             stem = "_".join((*folders, stem)).strip("_/")
         numbered = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
-        name = next(name for name in numbered if fold_name(name) not in names)
-        names[fold_name(name)] = name
+        name = next(name for name in numbered if comparable_name(name) not in names)
+        names[comparable_name(name)] = name
     return list(names.values())
 
 

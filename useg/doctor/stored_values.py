@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
-from useg.data.class_mapping import has_made_up_names
+from useg.data.class_mapping import has_default_names
 from useg.data.dataset import COLOR_FLAG, read_label
 from useg.data.mask_content import (
     MAX_JPEG_DISTANCE,
@@ -241,7 +241,7 @@ def fill_unsure_pixels(label: Label) -> Label:
 def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
     """Describe how the masks of a data set without a class table are read, unless it is plain."""
     table = data.dataset.classes
-    if not data.classes_derived or not has_made_up_names(table):
+    if not data.classes_derived or not has_default_names(table):
         return
     values = join_names(table.values)
     remedy = "nothing to do; to name the classes, write a classes.toml"

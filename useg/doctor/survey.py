@@ -23,11 +23,11 @@ from useg.data.dataset import COLOR_FLAG, SPLITS, Dataset, MaskEncoding, Pair
 from useg.data.masks import ClassDecision, decide_classes
 from useg.doctor import (
     alignment,
+    appearance,
     balance,
     damage,
     exchanged_classes,
     leaks,
-    looks,
     single_masks,
     stored_values,
 )
@@ -87,9 +87,9 @@ CHECKS: tuple[Check, ...] = (
     balance.check_frames,
     balance.check_bands,
     balance.check_constant_region,
-    looks.check_negative_images,
-    looks.check_exchanged_image_colors,
-    looks.check_undrawn_classes,
+    appearance.check_negative_images,
+    appearance.check_exchanged_image_colors,
+    appearance.check_undrawn_classes,
     leaks.check_video_sequences,
     stored_values.describe_stored_values,
 )
@@ -317,7 +317,7 @@ def survey_dataset(
     )
 
 
-def refuse_unsound(dataset: Dataset, say: Callable[[str], None]) -> None:
+def refuse_faulty(dataset: Dataset, say: Callable[[str], None]) -> None:
     """Refuse a data set in which ``useg inspect`` finds errors; training calls this first.
 
     Args:
@@ -333,7 +333,7 @@ def refuse_unsound(dataset: Dataset, say: Callable[[str], None]) -> None:
 
 
 def _find_doubts(dataset: Dataset) -> tuple[str, ...]:
-    """Return the warnings of :func:`refuse_unsound`, which are stored in the cache."""
+    """Return the warnings of :func:`refuse_faulty`, which are stored in the cache."""
     folder, key = find_cache_folder(), None
     if folder is not None:
         with suppress(OSError):

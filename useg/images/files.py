@@ -483,9 +483,9 @@ def resize_label(label: NDArray[IdType], size: tuple[int, int]) -> NDArray[IdTyp
 
 
 def _without_alpha(stored: StoredPixels) -> StoredPixels:
-    if not stored.called_alpha:
+    if not stored.declared_alpha:
         return stored
-    return replace(stored, pixels=np.delete(stored.pixels, stored.called_alpha, axis=2))
+    return replace(stored, pixels=np.delete(stored.pixels, stored.declared_alpha, axis=2))
 
 
 def _apply_palette(indices: NDArray[Any], colors: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -148,8 +148,8 @@ class StoredPixels:
         colors: ``(N, 3)`` uint8, the palette, or None.
         highest: the value of white in files with fewer than 8 bits per pixel, otherwise 0.
         inverted: whether 0 means white.
-        called_alpha: bands in ``pixels`` that the file calls alpha but that hold data: they belong
-            to an image, not to a mask.
+        declared_alpha: bands in ``pixels`` that the file declares as alpha, but that hold data:
+            they belong to an image, not to a mask.
         alpha: the transparency ``(H, W)`` that ``pixels`` lacks, or None.
         no_data: the value of pixels without data, as GDAL's tag in a TIFF has it, or None.
     """
@@ -158,7 +158,7 @@ class StoredPixels:
     colors: NDArray[np.uint8] | None = None
     highest: int = 0
     inverted: bool = False
-    called_alpha: tuple[int, ...] = ()
+    declared_alpha: tuple[int, ...] = ()
     alpha: NDArray[Any] | None = None
     no_data: float | None = None
 

@@ -104,7 +104,7 @@ class Raster:
             self._held = max(1, cache_bytes // (high * wide * pixel_bytes))
             self._decoded = functools.lru_cache(self._held)(self._decode)
         bands = set(range(self._stored_shape[2]))
-        self._bands = sorted(bands - set(tiff.called_alpha) if len(bands) != channels else bands)
+        self._bands = sorted(bands - set(tiff.declared_alpha) if len(bands) != channels else bands)
         self.dtype = (sample := self[0:1, 0:1]).dtype
         self.shape = (height, width, sample.shape[2])
 
@@ -145,7 +145,7 @@ class Raster:
         missing = None
         if self.may_lack_data:
             pixels = self._read_all(place)
-            alpha = [band for band in self._tiff.called_alpha if band not in self._bands]
+            alpha = [band for band in self._tiff.declared_alpha if band not in self._bands]
             missing = find_missing(
                 StoredPixels(
                     pixels[..., self._bands],

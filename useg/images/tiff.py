@@ -130,7 +130,7 @@ class Tiff:
         return (1 << self.first.bitspersample) - 1 if self.first.dtype.kind == "u" else 1
 
     @property
-    def called_alpha(self) -> tuple[int, ...]:
+    def declared_alpha(self) -> tuple[int, ...]:
         """Bands that the file calls alpha, premultiplied (1) or not (2)."""
         start = self.first.samplesperpixel - len(self.first.extrasamples)
         return tuple(
@@ -403,22 +403,22 @@ class GeoReference:
 def decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPixels:
     """Decode one page of a TIFF, as :func:`read_tiff` does: upright, without transparency."""
     with open_tiff(file) as tiff:
-        first, called_alpha = tiff.first, tiff.called_alpha
+        first, declared_alpha = tiff.first, tiff.declared_alpha
         pixels = read_tiff(tiff, file, max_pixels, page)
         if first.photometric == _CMYK and pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             pixels = np.asarray(PIL.Image.fromarray(pixels, "CMYK").convert("RGB"))
-            called_alpha = ()
+            declared_alpha = ()
         alpha = None
-        if called_alpha and _is_transparency(pixels, called_alpha, tiff.highest):
-            alpha = turn_upright(pixels[..., called_alpha[0]], tiff.orientation)
-            pixels, called_alpha = np.delete(pixels, called_alpha, axis=2), ()
+        if declared_alpha and _is_transparency(pixels, declared_alpha, tiff.highest):
+            alpha = turn_upright(pixels[..., declared_alpha[0]], tiff.orientation)
+            pixels, declared_alpha = np.delete(pixels, declared_alpha, axis=2), ()
         highest = tiff.highest if first.bitspersample < 8 else 0
         return StoredPixels(
             turn_upright(pixels, tiff.orientation),
             tiff.colors,
             highest,
             first.photometric == _WHITE_IS_ZERO,
-            called_alpha,
+            declared_alpha,
             alpha,
             tiff.no_data,
         )

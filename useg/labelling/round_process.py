@@ -92,7 +92,7 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     from useg.inference.predictor import load
     from useg.inference.ranking import rank_images
     from useg.training.loop import fit
-    from useg.training.warm_start import take_over
+    from useg.training.warm_start import adopt_settings
 
     dataset = find_dataset(Path(task["root"]), strict=False)
     dataset = split_painted(dataset, task["images"])
@@ -103,7 +103,7 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     }
     settings = Settings().with_(changes)
     if task["start"]:
-        settings, _ = take_over(task["start"], settings, changes.keys())
+        settings, _ = adopt_settings(task["start"], settings, changes.keys())
     run = fit(dataset, Path(task["out"]), settings, _Progress(), began=began)
     (run.out / "state.pt").unlink(missing_ok=True)
     _report(trained=len(run.log), seconds=time.perf_counter() - began)
@@ -134,14 +134,14 @@ def train_final_model(task: Mapping[str, Any], began: float) -> None:
     from useg.config import Settings
     from useg.data.layouts import find_dataset
     from useg.training.loop import fit
-    from useg.training.warm_start import take_over
+    from useg.training.warm_start import adopt_settings
 
     dataset = find_dataset(Path(task["root"]), strict=False)
     pairs = tuple(replace(pair, split="train") for pair in _painted(dataset, task["images"]))
     dataset = replace(dataset, pairs=pairs, splits_by="all painted images", notes=())
     changes = {"train.minutes": task["minutes"], "train.validate_every": _NEVER}
     start = choose_start(task["start"], Path(task["scored"]))
-    settings, _ = take_over(start, Settings().with_(changes), changes.keys())
+    settings, _ = adopt_settings(start, Settings().with_(changes), changes.keys())
     out = Path(task["out"])
     fit(dataset, out, settings, _Progress(), began=began)
     (out / "state.pt").unlink(missing_ok=True)

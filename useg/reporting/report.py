@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from useg.config import Settings
-from useg.data.class_mapping import has_made_up_names, match_classes, unnamed_classes_error
+from useg.data.class_mapping import has_default_names, match_classes, unnamed_classes_error
 from useg.data.dataset import Dataset
 from useg.data.duplicates import (
     MIN_REPORTED_CORRELATION,
@@ -267,7 +267,7 @@ def _find_with_classes_of(
     if is_named or dataset.classes.names != model.names:
         mapping = match_classes(dataset.classes, model, class_map, str(dataset.root))
         return replace(dataset, classes=model, mapping=mapping) if mapping else dataset
-    is_unsaid = class_map is None and not has_made_up_names(model)
+    is_unsaid = class_map is None and not has_default_names(model)
     if is_unsaid and is_other_dataset(dataset, predictor.runtime.description.provenance):
         raise unnamed_classes_error(model, str(dataset.root))
     return dataset

@@ -1,4 +1,4 @@
-"""Add at the pen what stands on a plot of land: a house, or the wall, hedge or fence around it.
+"""Add at the origin what stands on a plot of land: a house, or the wall, hedge or fence around it.
 
 As in objects.py, random numbers are drawn before distances are looked at.
 """
@@ -17,8 +17,8 @@ from useg.scenes.scenery import (
     LEAVES,
     PLANT,
     WALL,
-    Dice,
     Point,
+    RandomSource,
     Rgb,
     Scenery,
 )
@@ -53,13 +53,13 @@ _FENCE_PAINTS: tuple[Rgb, ...] = (
 
 
 def building(
-    scenery: Scenery, dice: Dice, side: int, length: float, depth: float, height: float
+    scenery: Scenery, random: RandomSource, side: int, length: float, depth: float, height: float
 ) -> None:
-    """Add a house from the pen ahead and away from the road (``side`` -1: to the left)."""
+    """Add a house from the origin ahead and away from the road (``side`` -1: to the left)."""
     color, glass, bay = (
-        dice.tint(dice.pick(_FACADES)),
-        dice.tint((74, 88, 100), 0.25),
-        length / max(2, round(length / dice(1.9, 3.0))),
+        random.tint(random.pick(_FACADES)),
+        random.tint((74, 88, 100), 0.25),
+        length / max(2, round(length / random(1.9, 3.0))),
     )
     floor = height / max(1, round(height / 3.1))
     x0, x1 = (0.0, depth) if side > 0 else (-depth, 0.0)
@@ -75,8 +75,8 @@ def building(
     )
     # The left end of the street front, and the way to the right one.
     start, along = (length, -length) if side > 0 else (0.0, length)
-    if dice.chance(0.45):
-        shop = dice.tint(dice.pick(PAINTS), 0.3)
+    if random.chance(0.45):
+        shop = random.tint(random.pick(PAINTS), 0.3)
         scenery.face(
             (0, 0, start),
             (0, 0, along),
@@ -96,10 +96,10 @@ def building(
                 (0, 0, math.copysign(1.1, along)),
                 (0, 2.2, 0),
                 BUILDING,
-                dice.pick(PAINTS),
+                random.pick(PAINTS),
             )
-    if dice.chance(0.35):
-        _gable(scenery, dice, color, side, length, depth, height)
+    if random.chance(0.35):
+        _gable(scenery, random, color, side, length, depth, height)
     else:
         lip = 0.2 * side
         low, high = (
@@ -110,10 +110,16 @@ def building(
 
 
 def _gable(
-    scenery: Scenery, dice: Dice, color: Rgb, side: int, length: float, depth: float, height: float
+    scenery: Scenery,
+    random: RandomSource,
+    color: Rgb,
+    side: int,
+    length: float,
+    depth: float,
+    height: float,
 ) -> None:
     """A pitched roof whose ridge runs along the street, and a chimney."""
-    tiles, rise, eave = dice.tint(dice.pick(_ROOFS)), depth * 0.34, -0.2 * side
+    tiles, rise, eave = random.tint(random.pick(_ROOFS)), depth * 0.34, -0.2 * side
     start, along = (length, -length) if side > 0 else (0.0, length)
     scenery.face(
         (min(0.0, side * depth), height, 0),
@@ -143,10 +149,10 @@ def _gable(
     )
 
 
-def wall(scenery: Scenery, dice: Dice, low: Point, high: Point) -> None:
+def wall(scenery: Scenery, random: RandomSource, low: Point, high: Point) -> None:
     """A garden wall of stone, brick or concrete blocks with a coping."""
-    color, joints, block = dice.pick(_MASONRY)
-    scenery.box(low, high, WALL, dice.tint(color), BLOCKS, joints, block)
+    color, joints, block = random.pick(_MASONRY)
+    scenery.box(low, high, WALL, random.tint(color), BLOCKS, joints, block)
     scenery.box(
         (low[0] - 0.06, high[1], low[2] - 0.06),
         (high[0] + 0.06, high[1] + 0.12, high[2] + 0.06),
@@ -156,9 +162,9 @@ def wall(scenery: Scenery, dice: Dice, low: Point, high: Point) -> None:
     )
 
 
-def hedge(scenery: Scenery, dice: Dice, low: Point, high: Point) -> None:
+def hedge(scenery: Scenery, random: RandomSource, low: Point, high: Point) -> None:
     """A clipped hedge with a ragged top."""
-    green = dice.tint(dice.pick(LEAF_GREENS), 0.2)
+    green = random.tint(random.pick(LEAF_GREENS), 0.2)
     (x0, y0, z0), (x1, y1, z1) = low, high
     for corner, along in (
         ((x0, y0, z0), (x1 - x0, 0.0, 0.0)),
@@ -179,19 +185,19 @@ def hedge(scenery: Scenery, dice: Dice, low: Point, high: Point) -> None:
 
 
 def fence(
-    scenery: Scenery, dice: Dice, kind: str, start: Point, along: Point, height: float
+    scenery: Scenery, random: RandomSource, kind: str, start: Point, along: Point, height: float
 ) -> None:
     """Add a fence of boards, pickets or rails; gaps too small at this distance are closed.
 
     Args:
         scenery: where to.
-        dice: for its paint.
+        random: for its paint.
         kind: "boards", "pickets" or "rails".
         start: its left end as seen from its front.
         along: from its left end to its right end, parallel to the x or the z axis.
         height: in metres.
     """
-    color = dice.tint(dice.pick(_FENCE_PAINTS))
+    color = random.tint(random.pick(_FENCE_PAINTS))
     dark, length = shade(color, 0.62), abs(along[0] + along[2])
     (x, y, z), dx, dz = start, along[0] / length, along[2] / length
     end_x, end_z = x + along[0], z + along[2]
@@ -233,6 +239,6 @@ def fence(
             )
     for k in range(int(length / 2.0) + 1):
         post = min(2.0 * k, length - 0.1)
-        scenery.card(
+        scenery.billboard(
             x + dx * post, y, 0.16, height + 0.1, FENCE, color if kind == "rails" else dark
         )

@@ -33,7 +33,7 @@ from useg.scenes.scenery import (
     SLABS,
     TRAFFIC,
     VEHICLE,
-    Dice,
+    RandomSource,
     Rgb,
     Scenery,
 )
@@ -64,51 +64,51 @@ class StreetPlan:
     half: float
     pavement: float
     end: float
-    eye: float
+    camera_x: float
     crossing: float
     parking: bool
 
     def seen_from(self, x: float) -> float:
         """The distance at which something at ``x`` comes into the picture."""
-        return max(5.0, abs(x - self.eye) * 1.6)
+        return max(5.0, abs(x - self.camera_x) * 1.6)
 
 
-def lay_out(dice: Dice, focal: float) -> tuple[Scenery, float]:
+def lay_out(random: RandomSource, focal: float) -> tuple[Scenery, float]:
     """Build a street.
 
     Args:
-        dice: all randomness.
+        random: the source of all random numbers.
         focal: the camera's focal length in pixels.
 
     Returns:
         The scenery and the camera's place across the road (x).
     """
-    parking = dice.chance(0.45)
-    half = dice(3.4, 4.0) + (2.1 if parking else 0.0)
+    parking = random.chance(0.45)
+    half = random(3.4, 4.0) + (2.1 if parking else 0.0)
     plan = StreetPlan(
         half,
-        dice(2.6, 4.2),
-        dice(55.0, 100.0),
-        dice(1.2, 2.1),
-        dice(9.0, 17.0) if dice.chance(0.3) else 0.0,
+        random(2.6, 4.2),
+        random(55.0, 100.0),
+        random(1.2, 2.1),
+        random(9.0, 17.0) if random.chance(0.3) else 0.0,
         parking,
     )
     scenery = Scenery(focal)
-    _ground(scenery, dice, plan)
-    _backdrop(scenery, dice, plan)
-    first = dice.shuffled(
+    _ground(scenery, random, plan)
+    _backdrop(scenery, random, plan)
+    first = random.shuffled(
         ("fence", "wall")
     )  # a fence first on one side, a wall first on the other: both are in most scenes
-    yards = _lots(scenery, dice, plan, -1, [*first, "hedge"]) + _lots(
-        scenery, dice, plan, 1, [*first[::-1], "hedge"]
+    yards = _lots(scenery, random, plan, -1, [*first, "hedge"]) + _lots(
+        scenery, random, plan, 1, [*first[::-1], "hedge"]
     )
-    _furniture(scenery, dice, plan, yards)
-    _people(scenery, dice, plan)
-    _traffic(scenery, dice, plan)
-    return scenery, plan.eye
+    _furniture(scenery, random, plan, yards)
+    _people(scenery, random, plan)
+    _traffic(scenery, random, plan)
+    return scenery, plan.camera_x
 
 
-def _carpet(
+def _flat_rectangle(
     scenery: Scenery,
     x0: float,
     x1: float,
@@ -134,10 +134,10 @@ def _carpet(
         )
 
 
-def _ground(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
-    scenery.stand(GROUND)
+def _ground(scenery: Scenery, random: RandomSource, plan: StreetPlan) -> None:
+    scenery.move_to(GROUND)
     half, outer = plan.half, plan.half + plan.pavement
-    _carpet(
+    _flat_rectangle(
         scenery,
         -260,
         260,
@@ -145,22 +145,24 @@ def _ground(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
         400,
         _KERB - 0.02,
         PLANT,
-        dice.tint((92, 112, 58)),
+        random.tint((92, 112, 58)),
         LEAVES,
         (128, 138, 84),
     )
     gray, stone = (
-        dice(92, 138),
-        dice.tint(dice.pick(((168, 160, 150), (150, 148, 148), (176, 158, 138))), 0.1),
+        random(92, 138),
+        random.tint(random.pick(((168, 160, 150), (150, 148, 148), (176, 158, 138))), 0.1),
     )
     joints = (stone[0] * 0.7, stone[1] * 0.7, stone[2] * 0.7)
-    _carpet(scenery, -half, half, 0.4, plan.end + 30, 0, ROAD, (gray, gray, gray * 1.02), ASPHALT)
+    _flat_rectangle(
+        scenery, -half, half, 0.4, plan.end + 30, 0, ROAD, (gray, gray, gray * 1.02), ASPHALT
+    )
     for _ in range(3):
-        x, z, patch = dice(-half, half - 1.5), dice(4, 25), gray * dice(0.7, 0.9)
+        x, z, patch = random(-half, half - 1.5), random(4, 25), gray * random(0.7, 0.9)
         scenery.face(
             (x, 0, z),
-            (dice(0.7, 1.5), 0, 0),
-            (0, 0, dice(1, 4)),
+            (random(0.7, 1.5), 0, 0),
+            (0, 0, random(1, 4)),
             ROAD,
             (patch, patch, patch),
             ASPHALT,
@@ -168,12 +170,14 @@ def _ground(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
     for side in (-1, 1):
         inner = side * half
         left, right = min(inner, side * outer), max(inner, side * outer)
-        _carpet(scenery, left, right, 0.4, plan.end + 30, _KERB, PAVEMENT, stone, SLABS, joints)
+        _flat_rectangle(
+            scenery, left, right, 0.4, plan.end + 30, _KERB, PAVEMENT, stone, SLABS, joints
+        )
         cuts = [z for z in _STRIPS if z < plan.end]
         for near, far in itertools.pairwise(cuts):
             start, along = (far, near - far) if side > 0 else (near, far - near)
             scenery.face((inner, 0, start), (0, 0, along), (0, _KERB, 0), PAVEMENT, (188, 184, 178))
-        _carpet(
+        _flat_rectangle(
             scenery,
             min(inner, inner + side * 0.22),
             max(inner, inner + side * 0.22),
@@ -183,26 +187,28 @@ def _ground(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
             PAVEMENT,
             (196, 192, 186),
         )
-    _marks(scenery, dice, plan)
+    _marks(scenery, random, plan)
 
 
-def _marks(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
+def _marks(scenery: Scenery, random: RandomSource, plan: StreetPlan) -> None:
     """Lane marks: a dashed or double middle, edges, bays, a crossing with stop lines, arrows."""
-    white, width = (226.0, 224.0, 216.0), dice(0.18, 0.26)
-    middle: Rgb = dice.pick((white, white, (232, 178, 44)))
-    double, phase, dash = dice.chance(0.3), dice(0, 6), dice.pick((3.0, 2.0))
+    white, width = (226.0, 224.0, 216.0), random(0.18, 0.26)
+    middle: Rgb = random.pick((white, white, (232, 178, 44)))
+    double, phase, dash = random.chance(0.3), random(0, 6), random.pick((3.0, 2.0))
     edge = plan.half - (2.2 if plan.parking else 0.35)
     cross = plan.crossing
     if double:
         for x in (-1.3 * width, 0.3 * width):
-            _carpet(scenery, x, x + width, 0.4, 55, 0, LINE, middle)
+            _flat_rectangle(scenery, x, x + width, 0.4, 55, 0, LINE, middle)
     else:
         for k in range(10):
             z = 1.0 + phase + 2.2 * dash * (k - 1)
             if z > 0.4 and z < 45 and not (cross and cross - 4 < z < cross + 4):
                 scenery.face((-width / 2, 0, z), (width, 0, 0), (0, 0, dash), LINE, middle)
     for side in (-1, 1):
-        _carpet(scenery, side * edge - width / 2, side * edge + width / 2, 0.4, 55, 0, LINE, white)
+        _flat_rectangle(
+            scenery, side * edge - width / 2, side * edge + width / 2, 0.4, 55, 0, LINE, white
+        )
         for k in range(5 if plan.parking else 0):
             scenery.face(
                 (min(side * edge, side * plan.half), 0, 6.0 + 6.2 * k),
@@ -212,97 +218,102 @@ def _marks(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
                 white,
             )
     if cross:
-        _carpet(
+        _flat_rectangle(
             scenery, -plan.half, plan.half, cross - 0.6, cross + 4.1, 0, ROAD, (86, 86, 88), ASPHALT
         )
         stripes = int(plan.half / 0.5)
         for k in range(-stripes, stripes, 2):
             scenery.face((k * 0.5 + 0.25, 0, cross), (0.5, 0, 0), (0, 0, 3.2), LINE, white)
         scenery.face((0.2, 0, cross - 1.5), (edge - 0.2, 0, 0), (0, 0, 0.4), LINE, white)
-    elif dice.chance(0.4):
-        z = dice(6, 10)
-        scenery.face((plan.eye - 0.1, 0, z), (0.2, 0, 0), (0, 0, 2.2), LINE, white)
+    elif random.chance(0.4):
+        z = random(6, 10)
+        scenery.face((plan.camera_x - 0.1, 0, z), (0.2, 0, 0), (0, 0, 2.2), LINE, white)
         scenery.face(
-            (plan.eye - 0.45, 0, z + 2.2), (0.9, 0, 0), (0, 0, 1.4), LINE, white, shape="triangle"
+            (plan.camera_x - 0.45, 0, z + 2.2),
+            (0.9, 0, 0),
+            (0, 0, 1.4),
+            LINE,
+            white,
+            shape="triangle",
         )
 
 
-def _backdrop(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
+def _backdrop(scenery: Scenery, random: RandomSource, plan: StreetPlan) -> None:
     """Close the view: far houses, then woods, then the trees or the house at the street's end."""
-    green = dice.tint((62, 84, 50))
+    green = random.tint((62, 84, 50))
     light = (green[0] * 1.4, green[1] * 1.4, green[2] * 1.2)
     for k in range(-4, 4):
-        scenery.stand(BACKDROP, 48.0 * k + dice(-8, 8), 220)
-        if dice.chance(0.5):
-            tone = dice(110, 150)
-            scenery.card(
+        scenery.move_to(BACKDROP, 48.0 * k + random(-8, 8), 220)
+        if random.chance(0.5):
+            tone = random(110, 150)
+            scenery.billboard(
                 30,
                 0,
-                dice(14, 30),
-                dice(8, 26),
+                random(14, 30),
+                random(8, 26),
                 BUILDING,
                 (tone, tone, tone * 1.05),
                 FACADE,
                 second=(80, 88, 98),
             )
     for k in range(-4, 4):
-        scenery.stand(BACKDROP, 42.0 * k + dice(-6, 6), 180)
-        scenery.card(
+        scenery.move_to(BACKDROP, 42.0 * k + random(-6, 6), 180)
+        scenery.billboard(
             20,
             -1,
             60,
-            dice(7, 14),
+            random(7, 14),
             PLANT,
             green,
             LEAVES,
-            dice.pick(("grove", "grove turned")),
+            random.pick(("grove", "grove turned")),
             light,
         )
-    if dice.chance(0.5):
+    if random.chance(0.5):
         for k in range(-3, 4):
-            scenery.stand(BACKDROP, k * 6.0 + dice(-1.5, 1.5), plan.end + 25 + dice(0, 4))
-            objects.tree(scenery, dice, dice(7, 11))
-    elif dice.chance(0.6):
-        scenery.stand(BACKDROP, -15.0, plan.end + 20)
-        buildings.building(scenery, dice, 1, 8.0, 30.0, dice(7, 16))
+            scenery.move_to(BACKDROP, k * 6.0 + random(-1.5, 1.5), plan.end + 25 + random(0, 4))
+            objects.tree(scenery, random, random(7, 11))
+    elif random.chance(0.6):
+        scenery.move_to(BACKDROP, -15.0, plan.end + 20)
+        buildings.building(scenery, random, 1, 8.0, 30.0, random(7, 16))
 
 
 def _lots(
-    scenery: Scenery, dice: Dice, plan: StreetPlan, side: int, borders: list[str]
+    scenery: Scenery, random: RandomSource, plan: StreetPlan, side: int, borders: list[str]
 ) -> list[tuple[int, float, float]]:
     """Line one side of the street with houses, gardens, parks and yards.
 
     Returns where the yards open.
     """
     front = plan.half + plan.pavement
-    z = max(2.0, plan.seen_from(side * front) - dice(3, 9))
+    z = max(2.0, plan.seen_from(side * front) - random(3, 9))
     kinds, yards = (
-        dice.shuffled(("house", "garden", "garden", dice.pick(("park", "yard", "house")))),
+        random.shuffled(("house", "garden", "garden", random.pick(("park", "yard", "house")))),
         [],
     )
     while z < plan.end:
-        length = dice(8.0, 15.0)
+        length = random(8.0, 15.0)
         kinds, kind = (
             (kinds[1:], kinds[0])
             if kinds
-            else ([], dice.pick(("house", "house", "garden", "park", "yard")))
+            else ([], random.pick(("house", "house", "garden", "park", "yard")))
         )
-        height = 3.1 * int(dice(2, 6.3))
+        height = 3.1 * int(random(2, 6.3))
         if kind == "yard":
-            _yard(scenery, dice, side, plan.half, front, z, length)
+            _yard(scenery, random, side, plan.half, front, z, length)
             yards.append((side, z, z + length))
         elif kind == "house":
-            scenery.stand(LOTS, side * (front + dice(0, 0.5)), z)
-            buildings.building(scenery, dice, side, length - 0.4, 11.0, height)
+            scenery.move_to(LOTS, side * (front + random(0, 0.5)), z)
+            buildings.building(scenery, random, side, length - 0.4, 11.0, height)
         else:
             borders, border = (
                 (borders[1:], borders[0])
                 if borders
-                else ([], dice.pick(("fence", "wall", "hedge")))
+                else ([], random.pick(("fence", "wall", "hedge")))
             )
             _garden(
                 scenery,
-                dice,
+                random,
                 side,
                 front,
                 z,
@@ -315,13 +326,19 @@ def _lots(
 
 
 def _yard(
-    scenery: Scenery, dice: Dice, side: int, half: float, front: float, z: float, length: float
+    scenery: Scenery,
+    random: RandomSource,
+    side: int,
+    half: float,
+    front: float,
+    z: float,
+    length: float,
 ) -> None:
     """Add a side street or car park: asphalt, parked cars, a wall or fence at its end."""
-    gray = dice(92, 134)
-    scenery.stand(GROUND)
+    gray = random(92, 134)
+    scenery.move_to(GROUND)
     near, far = side * half, side * (front + 40)
-    _carpet(
+    _flat_rectangle(
         scenery,
         min(near, far),
         max(near, far),
@@ -332,34 +349,34 @@ def _yard(
         (gray, gray, gray),
         ASPHALT,
     )
-    scenery.stand(LOTS, side * (front + 16), z + 0.5, order=z)
-    if dice.chance(0.5):
-        buildings.wall(scenery, dice, (0, 0, 0), (0.3, 2.2, length - 1))
+    scenery.move_to(LOTS, side * (front + 16), z + 0.5, order=z)
+    if random.chance(0.5):
+        buildings.wall(scenery, random, (0, 0, 0), (0.3, 2.2, length - 1))
     else:
         buildings.fence(
             scenery,
-            dice,
+            random,
             "boards",
             (0, 0, length - 1 if side > 0 else 0),
             (0, 0, -side * (length - 1)),
             2.0,
         )
     for k in (1, 0):
-        scenery.stand(
+        scenery.move_to(
             LOTS,
             side * (front + 6.5 + 6 * k),
-            z + length * 0.5 + dice(0.2, 1.8),
+            z + length * 0.5 + random(0.2, 1.8),
             _KERB,
-            yaw=math.pi / 2 * dice.pick((-1, 1)),
+            yaw=math.pi / 2 * random.pick((-1, 1)),
             order=z,
         )
-        if dice.chance(0.7):
-            objects.vehicle(scenery, dice, dice.pick(("saloon", "hatch", "van")))
+        if random.chance(0.7):
+            objects.vehicle(scenery, random, random.pick(("saloon", "hatch", "van")))
 
 
 def _garden(
     scenery: Scenery,
-    dice: Dice,
+    random: RandomSource,
     side: int,
     front: float,
     z: float,
@@ -368,48 +385,48 @@ def _garden(
     border: str,
 ) -> None:
     """Add a lot with trees, borders and, unless ``height`` is 0, a house far back."""
-    back = dice(4.5, 7.0)
+    back = random(4.5, 7.0)
     if height:
-        scenery.stand(LOTS, side * (front + back), z + 1.0, order=z)
-        buildings.building(scenery, dice, side, length - 2.0, 9.0, height)
+        scenery.move_to(LOTS, side * (front + back), z + 1.0, order=z)
+        buildings.building(scenery, random, side, length - 2.0, 9.0, height)
     for k in (2, 1, 0):
-        deep = dice(1.6, back - 0.8) if height else dice(1.6, 9.0)
-        scenery.stand(LOTS, side * (front + deep), z + length * (k + 0.5) / 3, order=z)
-        if dice.chance(0.65 if height else 0.9):
-            objects.tree(scenery, dice, dice(3.2, 6.5))
+        deep = random(1.6, back - 0.8) if height else random(1.6, 9.0)
+        scenery.move_to(LOTS, side * (front + deep), z + length * (k + 0.5) / 3, order=z)
+        if random.chance(0.65 if height else 0.9):
+            objects.tree(scenery, random, random(3.2, 6.5))
         else:
-            objects.bush(scenery, dice)
-    scenery.stand(LOTS, side * front, z, order=z)
-    tall, kind = dice(1.3, 2.2), dice.pick(("boards", "boards", "pickets", "rails"))
+            objects.bush(scenery, random)
+    scenery.move_to(LOTS, side * front, z, order=z)
+    tall, kind = random(1.3, 2.2), random.pick(("boards", "boards", "pickets", "rails"))
     far = side * back
     if border == "wall":
-        buildings.wall(scenery, dice, (min(0.0, far), 0, 0), (max(0.0, far), tall, 0.3))
+        buildings.wall(scenery, random, (min(0.0, far), 0, 0), (max(0.0, far), tall, 0.3))
         buildings.wall(
-            scenery, dice, (min(0.0, side * 0.3), 0, 0), (max(0.0, side * 0.3), tall, length)
+            scenery, random, (min(0.0, side * 0.3), 0, 0), (max(0.0, side * 0.3), tall, length)
         )
     elif border == "hedge":
-        buildings.hedge(scenery, dice, (min(0.0, far), 0, 0), (max(0.0, far), tall, 0.7))
+        buildings.hedge(scenery, random, (min(0.0, far), 0, 0), (max(0.0, far), tall, 0.7))
         buildings.hedge(
-            scenery, dice, (min(0.0, side * 0.7), 0, 0), (max(0.0, side * 0.7), tall, length)
+            scenery, random, (min(0.0, side * 0.7), 0, 0), (max(0.0, side * 0.7), tall, length)
         )
     else:
-        buildings.fence(scenery, dice, kind, (min(0.0, far), 0, 0), (back, 0, 0), tall)
+        buildings.fence(scenery, random, kind, (min(0.0, far), 0, 0), (back, 0, 0), tall)
         start, along = (length, -length) if side > 0 else (0.0, length)
-        buildings.fence(scenery, dice, kind, (0, 0, start), (0, 0, along), tall)
+        buildings.fence(scenery, random, kind, (0, 0, start), (0, 0, along), tall)
 
 
 def _furniture(
-    scenery: Scenery, dice: Dice, plan: StreetPlan, yards: list[tuple[int, float, float]]
+    scenery: Scenery, random: RandomSource, plan: StreetPlan, yards: list[tuple[int, float, float]]
 ) -> None:
     """Add lamps, signs, trees and clutter along both kerbs, each kind in turn."""
-    deck = dice.shuffled((dice.pick(("mast", "lamp")), "sign", "clutter"))
+    deck = random.shuffled((random.pick(("mast", "lamp")), "sign", "clutter"))
     slots = sorted(
-        (plan.seen_from(side * (plan.half + 0.6)) + 1.0 + 4.2 * k + dice(0, 1.6), side)
+        (plan.seen_from(side * (plan.half + 0.6)) + 1.0 + 4.2 * k + random(0, 1.6), side)
         for side in (-1, 1)
         for k in range(9)
     )
     for z, side in slots:
-        deck = deck or dice.shuffled(
+        deck = deck or random.shuffled(
             (
                 "lamp",
                 "sign",
@@ -417,82 +434,89 @@ def _furniture(
                 "tree",
                 "tree",
                 "clutter",
-                dice.pick(("mast", "sign")),
+                random.pick(("mast", "sign")),
                 "light",
             )
         )
         if any(side == yard and near < z < far for yard, near, far in yards):
             continue
         kind = deck.pop()
-        inner = kind != "clutter" or dice.chance(0.4)
+        inner = kind != "clutter" or random.chance(0.4)
         x = side * (plan.half + (0.55 if inner else plan.pavement - 0.7))
-        scenery.stand(PAVEMENTS, x, max(z, plan.seen_from(x) + 0.5), _KERB)
+        scenery.move_to(PAVEMENTS, x, max(z, plan.seen_from(x) + 0.5), _KERB)
         if kind == "lamp":
-            objects.lamp(scenery, dice, -side)
+            objects.lamp(scenery, random, -side)
         elif kind == "mast":
-            objects.utility_pole(scenery, dice)
+            objects.utility_pole(scenery, random)
         elif kind == "light":
-            objects.traffic_light(scenery, dice, -side)
+            objects.traffic_light(scenery, random, -side)
         elif kind == "sign":
-            objects.road_sign(scenery, dice)
+            objects.road_sign(scenery, random)
         elif kind == "tree":
-            objects.tree(scenery, dice, dice(4.0, 6.0))
+            objects.tree(scenery, random, random(4.0, 6.0))
         else:
-            objects.clutter(scenery, dice, plan.parking)
-    if dice.chance(0.35):
-        side = dice.pick((-1, 1))
-        z = plan.seen_from(side * plan.half) + dice(0, 3)
+            objects.clutter(scenery, random, plan.parking)
+    if random.chance(0.35):
+        side = random.pick((-1, 1))
+        z = plan.seen_from(side * plan.half) + random(0, 3)
         for k in range(3):
-            scenery.stand(PAVEMENTS, side * (plan.half + 0.35), z + 2.0 * k, _KERB)
+            scenery.move_to(PAVEMENTS, side * (plan.half + 0.35), z + 2.0 * k, _KERB)
             buildings.fence(
-                scenery, dice, "rails", (0, 0, 2.0 if side > 0 else 0.0), (0, 0, -2.0 * side), 1.05
+                scenery,
+                random,
+                "rails",
+                (0, 0, 2.0 if side > 0 else 0.0),
+                (0, 0, -2.0 * side),
+                1.05,
             )
 
 
-def _people(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
-    for k in range(int(dice(6, 10))):
-        x = (1 - k % 2 * 2) * (plan.half + dice(0.9, plan.pavement - 0.4))
-        z = plan.seen_from(x) + 0.5 + 2.4 * (k // 2) + dice(0, 2.5)
+def _people(scenery: Scenery, random: RandomSource, plan: StreetPlan) -> None:
+    for k in range(int(random(6, 10))):
+        x = (1 - k % 2 * 2) * (plan.half + random(0.9, plan.pavement - 0.4))
+        z = plan.seen_from(x) + 0.5 + 2.4 * (k // 2) + random(0, 2.5)
         if k == 2 and plan.crossing:
-            scenery.stand(TRAFFIC, dice(-plan.half, plan.half), plan.crossing + dice(0.4, 2.8))
+            scenery.move_to(
+                TRAFFIC, random(-plan.half, plan.half), plan.crossing + random(0.4, 2.8)
+            )
         else:
-            scenery.stand(PAVEMENTS, x, z, _KERB)
-        objects.person(scenery, dice)
+            scenery.move_to(PAVEMENTS, x, z, _KERB)
+        objects.person(scenery, random)
 
 
-def _traffic(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
+def _traffic(scenery: Scenery, random: RandomSource, plan: StreetPlan) -> None:
     """Cars ahead in the camera's lane, oncoming ones, parked ones; the crossing stays free."""
     kinds = ("saloon", "saloon", "saloon", "hatch", "hatch", "hatch", "van", "van", "bus")
     for lane, start, yaw, gap in ((1.75, 9.0, 0.0, 12.0), (-1.75, 8.0, math.pi, 9.0)):
-        z = start + dice(0, 8)
+        z = start + random(0, 8)
         while z < 60:
-            scenery.stand(TRAFFIC, lane + dice(-0.2, 0.2), z, yaw=yaw + dice(-0.03, 0.03))
-            kind = dice.pick(kinds if z > 14 else kinds[:8])
+            scenery.move_to(TRAFFIC, lane + random(-0.2, 0.2), z, yaw=yaw + random(-0.03, 0.03))
+            kind = random.pick(kinds if z > 14 else kinds[:8])
             if not (plan.crossing and plan.crossing - 8 < z < plan.crossing + 8):
-                objects.vehicle(scenery, dice, kind)
-            z += gap + dice(0, 22) + (5 if kind == "bus" else 0)
+                objects.vehicle(scenery, random, kind)
+            z += gap + random(0, 22) + (5 if kind == "bus" else 0)
     for side in (-1, 1) if plan.parking else ():
         for k in range(6):
             z = 9.1 + 6.2 * k
-            if dice.chance(0.55) and not (plan.crossing and abs(z - plan.crossing) < 6):
-                scenery.stand(
+            if random.chance(0.55) and not (plan.crossing and abs(z - plan.crossing) < 6):
+                scenery.move_to(
                     TRAFFIC, side * (plan.half - 1.1), z, yaw=0.0 if side > 0 else math.pi
                 )
-                objects.vehicle(scenery, dice, dice.pick(kinds[:8]))
+                objects.vehicle(scenery, random, random.pick(kinds[:8]))
 
 
 def hood(
-    scenery: Scenery, dice: Dice, focal: float, width: int, height: int, horizon: float
+    scenery: Scenery, random: RandomSource, focal: float, width: int, height: int, horizon: float
 ) -> None:
     """Add the bonnet of the camera's car, fixed to the camera 1 m ahead of it."""
-    paint = dice.tint(dice.pick(objects.PAINTS), 0.3)
+    paint = random.tint(random.pick(objects.PAINTS), 0.3)
     reach, low, rise = (
-        width / focal * dice(0.45, 0.65),
+        width / focal * random(0.45, 0.65),
         (horizon - height) / focal,
-        height / focal * dice(0.06, 0.15),
+        height / focal * random(0.06, 0.15),
     )
-    shift = dice(-0.12, 0.12) * reach
-    scenery.stand(HOOD)
+    shift = random(-0.12, 0.12) * reach
+    scenery.move_to(HOOD)
     scenery.face(
         (shift - reach, low - 0.02, 1.0),
         (2 * reach, 0, 0),

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.scenes import scenery
-from useg.scenes.render import Eye, Faces, Floats, Mood
+from useg.scenes.render import Camera, Faces, Floats, Lighting
 
 _BAND = (
     1 << 18
@@ -59,7 +59,11 @@ def _grain(u: Floats, v: Floats, roughness: float = 0.5) -> Floats:
 
 
 def light(
-    canvas: NDArray[np.int32], faces: Faces, shadow: NDArray[np.uint8], eye: Eye, mood: Mood
+    canvas: NDArray[np.int32],
+    faces: Faces,
+    shadow: NDArray[np.uint8],
+    camera: Camera,
+    lighting: Lighting,
 ) -> Floats:
     """Colour a canvas.
 
@@ -67,19 +71,19 @@ def light(
         canvas: face numbers ``(2H, 2W)``.
         faces: what the numbers mean.
         shadow: ``(2H, 2W)`` uint8, 255 where the sun does not reach the ground.
-        eye: the camera.
-        mood: the weather.
+        camera: the camera.
+        lighting: the weather.
 
     Returns:
         The picture ``(H, W, 3)`` float32, 0-255 and more where it is too bright.
     """
-    H, W = eye.height, eye.width
+    H, W = camera.height, camera.width
     picture = np.empty((H, W, 3), np.float32)
-    lit = _lit_colors(faces, mood)
+    lit = _lit_colors(faces, lighting)
     rows = max(1, _BAND // (4 * W))
     for top in range(0, H, rows):
         part = slice(2 * top, 2 * (top + rows))
-        colors = _band(canvas[part], faces, lit, shadow[part], eye, mood, 2 * top)
+        colors = _band(canvas[part], faces, lit, shadow[part], camera, lighting, 2 * top)
         picture[top : top + rows] = (
             (
                 colors[:, ::2, ::2]
@@ -92,9 +96,9 @@ def light(
     return picture
 
 
-def _lit_colors(faces: Faces, mood: Mood) -> Floats:
+def _lit_colors(faces: Faces, lighting: Lighting) -> Floats:
     """Colours of all faces in this light: ``(6, F)``."""
-    sun = np.array(mood.sun) / np.linalg.norm(mood.sun)
+    sun = np.array(lighting.sun) / np.linalg.norm(lighting.sun)
     facing = np.maximum(sun @ faces.normals, 0.0)
     round_ones = np.isin(faces.materials, (scenery.LEAVES, scenery.ROUND)) | (
         faces.labels == scenery.PEDESTRIAN
@@ -102,9 +106,10 @@ def _lit_colors(faces: Faces, mood: Mood) -> Floats:
     facing = np.where(round_ones & (faces.normals[1] < 0.5), 0.35 + 0.45 * facing, facing)
     open_sky = 0.86 + 0.14 * faces.normals[1]
     strength = (
-        np.array(mood.sunlight)[:, None] * facing + np.array(mood.daylight)[:, None] * open_sky
+        np.array(lighting.sunlight)[:, None] * facing
+        + np.array(lighting.daylight)[:, None] * open_sky
     )
-    strength[:, faces.materials == scenery.GLOW] = 0.85 + 0.3 * mood.lit
+    strength[:, faces.materials == scenery.GLOW] = 0.85 + 0.3 * lighting.lit
     lit: Floats = (faces.colors * np.concatenate((strength, strength))).astype(np.float32)
     return lit
 
@@ -114,15 +119,17 @@ def _band(
     faces: Faces,
     lit: Floats,
     shadow: NDArray[np.uint8],
-    eye: Eye,
-    mood: Mood,
+    camera: Camera,
+    lighting: Lighting,
     top: int,
 ) -> Floats:
     """Colour some rows of the canvas that start at row ``top``: ``(3, h, 2W)``."""
     h, w = canvas.shape
-    x = ((np.arange(w, dtype=np.float32) + 0.5 - eye.width) / (2 * eye.focal)).astype(np.float32)
+    x = ((np.arange(w, dtype=np.float32) + 0.5 - camera.width) / (2 * camera.focal)).astype(
+        np.float32
+    )
     y = (
-        (np.arange(top, top + h, dtype=np.float32) + 0.5 - 2 * eye.horizon) / (2 * eye.focal)
+        (np.arange(top, top + h, dtype=np.float32) + 0.5 - 2 * camera.horizon) / (2 * camera.focal)
     ).astype(np.float32)[:, None]
     plane = [np.take(row, canvas) for row in faces.planes]
     depth = 1.0 / np.maximum(plane[6] * x + plane[7] * y + plane[8], 1e-4)
@@ -142,51 +149,51 @@ def _band(
         at = np.flatnonzero(materials.ravel() == material)
         if len(at):
             places = _Places(
-                u.ravel()[at], v.ravel()[at], depth.ravel()[at], numbers[at], faces, lit, mood
+                u.ravel()[at], v.ravel()[at], depth.ravel()[at], numbers[at], faces, lit, lighting
             )
             flat[:, at] = draw(flat[:, at], places)
-    dark = np.take(faces.shaded, canvas) * (shadow * np.float32(mood.shadow / 255))
+    dark = np.take(faces.shaded, canvas) * (shadow * np.float32(lighting.shadow / 255))
     for k in range(3):
         colors[k] *= 1.0 - dark * (1.0, 0.96, 0.86)[k]
-    clear = np.exp(depth * -mood.mist)
+    clear = np.exp(depth * -lighting.mist)
     for k in range(3):
-        colors[k] = mood.horizon[k] + (colors[k] - mood.horizon[k]) * clear
+        colors[k] = lighting.horizon[k] + (colors[k] - lighting.horizon[k]) * clear
     sky = np.flatnonzero(numbers == 0)
     if len(sky):
         flat[:, sky] = _sky(
             np.broadcast_to(x, (h, w)).ravel()[sky],
             np.broadcast_to(y, (h, w)).ravel()[sky],
-            eye,
-            mood,
+            camera,
+            lighting,
         )
     return colors
 
 
-def _sky(x: Floats, y: Floats, eye: Eye, mood: Mood) -> Floats:
+def _sky(x: Floats, y: Floats, camera: Camera, lighting: Lighting) -> Floats:
     """Gradient, sun and clouds for rays ``(x, y, 1)``: ``(3, n)``."""
-    axes = eye.axes().astype(np.float32)
+    axes = camera.axes().astype(np.float32)
     east, up, ahead = (x * axes[0, k] + y * axes[1, k] + axes[2, k] for k in range(3))
     length = np.sqrt(x * x + y * y + 1)
     rise = np.clip(up / length, 0, 1)
-    sun = np.array(mood.sun, np.float32) / np.linalg.norm(mood.sun)
+    sun = np.array(lighting.sun, np.float32) / np.linalg.norm(lighting.sun)
     toward = np.maximum((east * sun[0] + up * sun[1] + ahead * sun[2]) / length, 0)
     high = 1.0 / (np.maximum(up, 0) + 0.15)
     lumps = _grain(east * high * 120 + 2000, ahead * high * 120 + 2000, 1.8)
     cover = (
-        np.clip((lumps + mood.clouds) * 0.55, 0, 1)
+        np.clip((lumps + lighting.clouds) * 0.55, 0, 1)
         * np.clip(rise * 7, 0.25, 1)
-        * (0.8 if mood.clouds > -3 else 0)
+        * (0.8 if lighting.clouds > -3 else 0)
     )
     fade = np.minimum(rise * 1.7, 1) ** 0.7
     glow = 0.35 * toward**12 + 0.9 * toward**300
-    cloud = 0.55 * np.array(mood.horizon) + 0.45 * 255 * np.minimum(
-        np.array(mood.daylight) + np.array(mood.sunlight), 1.0
+    cloud = 0.55 * np.array(lighting.horizon) + 0.45 * 255 * np.minimum(
+        np.array(lighting.daylight) + np.array(lighting.sunlight), 1.0
     )
     colors = np.empty((3, len(x)), np.float32)
     for k in range(3):
-        base = mood.horizon[k] + (mood.zenith[k] - mood.horizon[k]) * fade
+        base = lighting.horizon[k] + (lighting.zenith[k] - lighting.horizon[k]) * fade
         base += (cloud[k] * (0.93 + 0.07 * np.clip(lumps, -2, 2)) - base) * cover
-        colors[k] = base + 255 * glow * mood.sunlight[k]
+        colors[k] = base + 255 * glow * lighting.sunlight[k]
     return colors
 
 
@@ -200,7 +207,7 @@ class _Places:
     number: NDArray[np.int32]
     faces: Faces
     lit: Floats
-    mood: Mood
+    lighting: Lighting
 
     def grain(self, k: int) -> Floats:
         """Return the face's number ``k`` (0 or 1) for its material."""
@@ -228,13 +235,13 @@ def _facade(c: Floats, at: _Places) -> Floats:
     c[:, (dx < 0.33) & (dy < 0.34)] *= 1.22
     pane = np.flatnonzero((dx < 0.27) & (dy < 0.28))
     chance, reflected = chance[pane], 0.08 + 0.25 * (aloft[pane] - 0.3)
-    lamp = chance > 2.2 - 1.6 * at.mood.lit
+    lamp = chance > 2.2 - 1.6 * at.lighting.lit
     for k in range(3):
         glass = (
             np.take(at.lit[3 + k], at.number[pane]) * (0.75 + 0.25 * chance)
-            + np.float32(at.mood.horizon[k]) * reflected
+            + np.float32(at.lighting.horizon[k]) * reflected
         )
-        c[k, pane] = np.where(lamp, (250, 204, 128)[k] * (0.35 + 0.65 * at.mood.lit), glass)
+        c[k, pane] = np.where(lamp, (250, 204, 128)[k] * (0.35 + 0.65 * at.lighting.lit), glass)
     return c
 
 
@@ -291,7 +298,7 @@ def _round(c: Floats, at: _Places) -> Floats:
 def _glass(c: Floats, at: _Places) -> Floats:
     """Lacquer and window glass: a soft reflection of the sky that grows upwards."""
     shine = np.clip(0.1 + 0.16 * at.v + 0.05 * _grain(at.u * 9, at.v * 9, 1.2), 0, 0.4)
-    glazed: Floats = c + (np.array(at.mood.horizon, np.float32)[:, None] * 0.9 - c) * shine
+    glazed: Floats = c + (np.array(at.lighting.horizon, np.float32)[:, None] * 0.9 - c) * shine
     return glazed
 
 

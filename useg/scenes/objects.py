@@ -1,4 +1,4 @@
-"""Add one object at the pen: a vehicle, person, tree, lamp, sign, bench and the like.
+"""Add one object at the origin: a vehicle, person, tree, lamp, sign, bench and the like.
 
 Every function draws its random numbers before it looks at distances, so that a scene is the same
 street at every size; what would be too small to recognise is left out.
@@ -23,7 +23,7 @@ from useg.scenes.scenery import (
     SHAPES,
     SIGN,
     VEHICLE,
-    Dice,
+    RandomSource,
     Rgb,
     Scenery,
 )
@@ -88,10 +88,10 @@ def shade(color: Rgb, factor: float) -> Rgb:
     return (color[0] * factor, color[1] * factor, color[2] * factor)
 
 
-def vehicle(scenery: Scenery, dice: Dice, kind: str) -> None:
-    """A car, van or bus: its middle at the pen, its front ahead."""
+def vehicle(scenery: Scenery, random: RandomSource, kind: str) -> None:
+    """A car, van or bus: its middle at the origin, its front ahead."""
     length, width, sill, roof, rear, cabin = _BODIES[kind]
-    paint = dice.tint(dice.pick(PAINTS))
+    paint = random.tint(random.pick(PAINTS))
     if scenery.pixels(width) < 4:
         return
     w, back, front = width / 2, -length / 2, length / 2
@@ -167,16 +167,16 @@ def _cabin(
     scenery.shadow(-w + lean, z + start, w - lean, z + stop, foot, foot + rise)
 
 
-def person(scenery: Scenery, dice: Dice) -> None:
+def person(scenery: Scenery, random: RandomSource) -> None:
     """Somebody standing or walking."""
-    k = dice(0.86, 1.08)  # of a height of 1.75 m
-    top, legs = dice.tint(dice.pick(CLOTHES)), dice.tint(dice.pick(CLOTHES[1:9]), 0.2)
+    k = random(0.86, 1.08)  # of a height of 1.75 m
+    top, legs = random.tint(random.pick(CLOTHES)), random.tint(random.pick(CLOTHES[1:9]), 0.2)
     skin, hair, stride, skirt, bag = (
-        dice.pick(SKINS),
-        dice.pick(HAIRS),
-        dice(0.0, 0.17) * k,
-        dice.chance(0.25),
-        dice.chance(0.3),
+        random.pick(SKINS),
+        random.pick(HAIRS),
+        random(0.0, 0.17) * k,
+        random.chance(0.25),
+        random.chance(0.3),
     )
     if scenery.pixels(1.75 * k) < 8.5:
         return
@@ -188,9 +188,9 @@ def person(scenery: Scenery, dice: Dice) -> None:
             PEDESTRIAN,
             legs,
         )
-        scenery.card(side * stride, 0, 0.2 * k, 0.09 * k, PEDESTRIAN, BLACK)
+        scenery.billboard(side * stride, 0, 0.2 * k, 0.09 * k, PEDESTRIAN, BLACK)
     if skirt:
-        scenery.card(0, 0.5 * k, 0.54 * k, 0.5 * k, PEDESTRIAN, legs, shape="skirt")
+        scenery.billboard(0, 0.5 * k, 0.54 * k, 0.5 * k, PEDESTRIAN, legs, shape="skirt")
     for side in (-1, 1):
         scenery.face(
             ((side * 0.27 - 0.06) * k, 0.78 * k, 0),
@@ -199,28 +199,28 @@ def person(scenery: Scenery, dice: Dice) -> None:
             PEDESTRIAN,
             shade(top, 0.8),
         )
-        scenery.card(side * 0.28 * k, 0.7 * k, 0.1 * k, 0.11 * k, PEDESTRIAN, skin)
-    scenery.card(0, 0.8 * k, 0.5 * k, 0.68 * k, PEDESTRIAN, top, ROUND, "torso")
+        scenery.billboard(side * 0.28 * k, 0.7 * k, 0.1 * k, 0.11 * k, PEDESTRIAN, skin)
+    scenery.billboard(0, 0.8 * k, 0.5 * k, 0.68 * k, PEDESTRIAN, top, ROUND, "torso")
     if bag:
-        scenery.card(0.27 * k, 0.62 * k, 0.26 * k, 0.3 * k, PEDESTRIAN, (96, 58, 36))
-    scenery.card(0, 1.46 * k, 0.24 * k, 0.29 * k, PEDESTRIAN, skin, shape="disc")
-    scenery.card(0, 1.62 * k, 0.25 * k, 0.14 * k, PEDESTRIAN, hair, shape="disc")
+        scenery.billboard(0.27 * k, 0.62 * k, 0.26 * k, 0.3 * k, PEDESTRIAN, (96, 58, 36))
+    scenery.billboard(0, 1.46 * k, 0.24 * k, 0.29 * k, PEDESTRIAN, skin, shape="disc")
+    scenery.billboard(0, 1.62 * k, 0.25 * k, 0.14 * k, PEDESTRIAN, hair, shape="disc")
     scenery.shadow(-0.2 * k, -0.1, 0.2 * k, 0.1, 0.0, 1.75 * k)
 
 
-def tree(scenery: Scenery, dice: Dice, height: float) -> None:
+def tree(scenery: Scenery, random: RandomSource, height: float) -> None:
     """A trunk and a crown of ragged balls, or a conifer."""
     green, conifer, thick = (
-        dice.tint(dice.pick(LEAF_GREENS), 0.2),
-        dice.chance(0.22),
-        dice(0.22, 0.36) * height / 5,
+        random.tint(random.pick(LEAF_GREENS), 0.2),
+        random.chance(0.22),
+        random(0.22, 0.36) * height / 5,
     )
-    radius = height * dice(0.26, 0.36)
-    scenery.card(0, 0, thick, height * 0.6, PLANT, (84, 66, 50), ROUND)
+    radius = height * random(0.26, 0.36)
+    scenery.billboard(0, 0, thick, height * 0.6, PLANT, (84, 66, 50), ROUND)
     if conifer:
         for k in range(4):
             light = (green[0] * 1.5, green[1] * 1.5, green[2] * 1.3)
-            scenery.card(
+            scenery.billboard(
                 0,
                 height * (0.14 + 0.2 * k),
                 height * (0.52 - 0.11 * k),
@@ -244,13 +244,13 @@ def tree(scenery: Scenery, dice: Dice, height: float) -> None:
     for k, (dx, dy) in enumerate(
         ((-0.55, -0.3), (0.55, -0.25), (0.0, 0.25), (-0.35, 0.1), (0.3, 0.0))
     ):
-        size, light_of = radius * dice(1.15, 1.5), 0.8 + 0.09 * k
+        size, light_of = radius * random(1.15, 1.5), 0.8 + 0.09 * k
         x, y = (
-            radius * (dx + dice(-0.15, 0.15)),
-            height - radius * 1.15 + radius * (dy + dice(-0.12, 0.12)) - size / 2,
+            radius * (dx + random(-0.15, 0.15)),
+            height - radius * 1.15 + radius * (dy + random(-0.12, 0.12)) - size / 2,
         )
         color = shade(green, light_of)
-        scenery.card(
+        scenery.billboard(
             x,
             y,
             size,
@@ -258,19 +258,19 @@ def tree(scenery: Scenery, dice: Dice, height: float) -> None:
             PLANT,
             color,
             LEAVES,
-            dice.pick(CROWNS),
+            random.pick(CROWNS),
             (color[0] * 1.6, color[1] * 1.5, color[2] * 1.2),
         )
     scenery.shadow(-radius, -radius, radius, radius, height - 2 * radius, height, round=True)
     scenery.shadow(-thick / 2, -thick / 2, thick / 2, thick / 2, 0, height - radius)
 
 
-def bush(scenery: Scenery, dice: Dice) -> None:
+def bush(scenery: Scenery, random: RandomSource) -> None:
     """A shrub of three ragged balls."""
-    green, width = dice.tint(dice.pick(LEAF_GREENS), 0.2), dice(0.9, 1.8)
+    green, width = random.tint(random.pick(LEAF_GREENS), 0.2), random(0.9, 1.8)
     for dx in (-0.3, 0.3, 0.0):
-        size = width * dice(0.6, 0.8)
-        scenery.card(
+        size = width * random(0.6, 0.8)
+        scenery.billboard(
             dx * width,
             -0.12,
             size,
@@ -278,29 +278,29 @@ def bush(scenery: Scenery, dice: Dice) -> None:
             PLANT,
             green,
             LEAVES,
-            dice.pick(CROWNS),
+            random.pick(CROWNS),
             (green[0] * 1.6, green[1] * 1.5, green[2] * 1.2),
         )
     scenery.shadow(-width / 2, -0.4, width / 2, 0.4, 0.0, width * 0.6, round=True)
 
 
-def lamp(scenery: Scenery, dice: Dice, inward: float) -> None:
+def lamp(scenery: Scenery, random: RandomSource, inward: float) -> None:
     """Add a street lamp with an arm over the road (``inward`` -1 or 1), or one with a lantern."""
     height, arm, old, gray = (
-        dice(5.0, 7.5),
-        dice(1.0, 1.8) * inward,
-        dice.chance(0.3),
-        dice.tint(dice.pick((STEEL, (62, 68, 66), (132, 136, 138))), 0.15),
+        random(5.0, 7.5),
+        random(1.0, 1.8) * inward,
+        random.chance(0.3),
+        random.tint(random.pick((STEEL, (62, 68, 66), (132, 136, 138))), 0.15),
     )
     if scenery.pixels(0.22) < 0.9:
         return
     if old:
         height *= 0.62
-    scenery.card(0, 0, 0.34, 0.9, POLE, gray, ROUND)
-    scenery.card(0, 0.9, 0.19, height - 0.9, POLE, gray, ROUND)
+    scenery.billboard(0, 0, 0.34, 0.9, POLE, gray, ROUND)
+    scenery.billboard(0, 0.9, 0.19, height - 0.9, POLE, gray, ROUND)
     if old:
-        scenery.card(0, height, 0.5, 0.55, POLE, (236, 222, 170), GLOW)
-        scenery.card(0, height + 0.55, 0.62, 0.2, POLE, gray, PLAIN, "triangle")
+        scenery.billboard(0, height, 0.5, 0.55, POLE, (236, 222, 170), GLOW)
+        scenery.billboard(0, height + 0.55, 0.62, 0.2, POLE, gray, PLAIN, "triangle")
     else:
         scenery.face(
             (min(0.0, arm) - 0.08, height - 0.16, 0),
@@ -309,44 +309,44 @@ def lamp(scenery: Scenery, dice: Dice, inward: float) -> None:
             POLE,
             gray,
         )
-        scenery.card(arm, height - 0.26, 0.75, 0.22, POLE, gray)
-        scenery.card(arm, height - 0.31, 0.55, 0.07, POLE, (236, 222, 170), GLOW)
+        scenery.billboard(arm, height - 0.26, 0.75, 0.22, POLE, gray)
+        scenery.billboard(arm, height - 0.31, 0.55, 0.07, POLE, (236, 222, 170), GLOW)
     scenery.shadow(-0.12, -0.12, 0.12, 0.12, 0.0, height)
 
 
-def utility_pole(scenery: Scenery, dice: Dice) -> None:
+def utility_pole(scenery: Scenery, random: RandomSource) -> None:
     """A wooden mast with a cross-arm and insulators."""
-    height, wood = dice(6.5, 8.5), dice.tint((112, 92, 74))
+    height, wood = random(6.5, 8.5), random.tint((112, 92, 74))
     if scenery.pixels(0.3) < 0.9:
         return
-    scenery.card(0, 0, 0.27, height, POLE, wood, ROUND)
-    scenery.card(0, height - 1.0, 2.0, 0.18, POLE, wood)
+    scenery.billboard(0, 0, 0.27, height, POLE, wood, ROUND)
+    scenery.billboard(0, height - 1.0, 2.0, 0.18, POLE, wood)
     for x in (-0.85, -0.35, 0.35, 0.85):
-        scenery.card(x, height - 0.82, 0.12, 0.2, POLE, (150, 156, 156))
+        scenery.billboard(x, height - 0.82, 0.12, 0.2, POLE, (150, 156, 156))
     scenery.shadow(-0.15, -0.15, 0.15, 0.15, 0.0, height)
 
 
-def traffic_light(scenery: Scenery, dice: Dice, inward: float) -> None:
+def traffic_light(scenery: Scenery, random: RandomSource, inward: float) -> None:
     """Add a pole with one or two three-lamp heads, which are traffic signs, as in CARLA."""
     height, arm, lit, casing = (
-        dice(3.0, 3.6),
-        dice.chance(0.5),
-        dice.pick((0, 1, 2)),
-        dice.pick(((38, 40, 40), (52, 56, 50), (212, 168, 34))),
+        random(3.0, 3.6),
+        random.chance(0.5),
+        random.pick((0, 1, 2)),
+        random.pick(((38, 40, 40), (52, 56, 50), (212, 168, 34))),
     )
     if scenery.pixels(0.5) < 2.5:
         return
     pole_height = 5.6 if arm else height + 1.0
-    scenery.card(0, 0, 0.2, pole_height, POLE, STEEL, ROUND)
+    scenery.billboard(0, 0, 0.2, pole_height, POLE, STEEL, ROUND)
     heads = [(0.0, height)]
     if arm:
         scenery.face((min(0.0, 2.6 * inward), 5.4, 0), (2.6, 0, 0), (0, 0.18, 0), POLE, STEEL)
         heads.append((2.5 * inward, 4.5))
     for x, y in heads:
-        scenery.card(x, y, 0.56, 1.3, SIGN, casing)
+        scenery.billboard(x, y, 0.56, 1.3, SIGN, casing)
         for k, color in enumerate(((40, 214, 120), (250, 180, 30), (240, 36, 28))):
             on = k == lit
-            scenery.card(
+            scenery.billboard(
                 x,
                 y + 0.06 + 0.41 * k,
                 0.36,
@@ -359,19 +359,19 @@ def traffic_light(scenery: Scenery, dice: Dice, inward: float) -> None:
     scenery.shadow(-0.1, -0.1, 0.1, 0.1, 0.0, pole_height)
 
 
-def road_sign(scenery: Scenery, dice: Dice) -> None:
+def road_sign(scenery: Scenery, random: RandomSource) -> None:
     """A plate on a post."""
     kind, low, size, color = (
-        dice.pick(tuple(_PLATES)),
-        dice(2.0, 2.4),
-        dice(0.75, 1.0),
-        dice.pick(((22, 74, 168), (20, 112, 70))),
+        random.pick(tuple(_PLATES)),
+        random(2.0, 2.4),
+        random(0.75, 1.0),
+        random.pick(((22, 74, 168), (20, 112, 70))),
     )
     if scenery.pixels(size) < 4:
         return
-    scenery.card(0, 0, 0.13, low + 0.3, POLE, (142, 146, 150), ROUND)
+    scenery.billboard(0, 0, 0.13, low + 0.3, POLE, (142, 146, 150), ROUND)
     for x, y, w, h, paint, shape in _PLATES[kind]:
-        scenery.card(
+        scenery.billboard(
             x * size, low + y * size, w * size, h * size, SIGN, paint or color, shape=shape
         )
     scenery.shadow(-size / 2, -0.05, size / 2, 0.05, low, low + size)
@@ -408,18 +408,18 @@ _PLATES: dict[str, tuple[tuple[float, float, float, float, Rgb | None, str], ...
 }
 
 
-def clutter(scenery: Scenery, dice: Dice, tall: bool) -> None:
+def clutter(scenery: Scenery, random: RandomSource, tall: bool) -> None:
     """Street furniture, CARLA's class Other; only what is seen above parked cars when ``tall``."""
-    draw = dice.pick(
-        (_post_box, _billboard, _kiosk)
+    draw = random.pick(
+        (_post_box, _advertising_board, _kiosk)
         if tall
-        else (_post_box, _billboard, _kiosk, _bin, _bench, _hydrant, _crates, _barrier)
+        else (_post_box, _advertising_board, _kiosk, _bin, _bench, _hydrant, _crates, _barrier)
     )
     color, paint = (
-        dice.tint(dice.pick(((46, 96, 60), (60, 66, 74), (150, 40, 40), (40, 66, 128)))),
-        dice.tint(dice.pick(PAINTS)),
+        random.tint(random.pick(((46, 96, 60), (60, 66, 74), (150, 40, 40), (40, 66, 128)))),
+        random.tint(random.pick(PAINTS)),
     )
-    bright = dice.pick(((204, 32, 30), (236, 184, 30)))
+    bright = random.pick(((204, 32, 30), (236, 184, 30)))
     if scenery.pixels(0.7) >= 3:
         draw(scenery, color, paint, bright)
 
@@ -432,40 +432,40 @@ def _bin(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
         color,
         top=shade(color, 0.7),
     )
-    scenery.card(0, 0.82, 0.6, 0.12, OTHER, BLACK)
+    scenery.billboard(0, 0.82, 0.6, 0.12, OTHER, BLACK)
 
 
 def _bench(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
     scenery.box((-0.9, 0.4, -0.3), (0.9, 0.5, 0.25), OTHER, (136, 92, 54))
     scenery.box((-0.9, 0.58, 0.2), (0.9, 1.0, 0.27), OTHER, (136, 92, 54), shadow=False)
     for x in (-0.75, 0.75):
-        scenery.card(x, 0, 0.12, 0.42, OTHER, BLACK)
+        scenery.billboard(x, 0, 0.12, 0.42, OTHER, BLACK)
 
 
 def _hydrant(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
-    scenery.card(0, 0, 0.36, 0.75, OTHER, bright, ROUND)
-    scenery.card(0, 0.42, 0.62, 0.18, OTHER, bright)
-    scenery.card(0, 0.66, 0.38, 0.28, OTHER, bright, ROUND, "disc")
+    scenery.billboard(0, 0, 0.36, 0.75, OTHER, bright, ROUND)
+    scenery.billboard(0, 0.42, 0.62, 0.18, OTHER, bright)
+    scenery.billboard(0, 0.66, 0.38, 0.28, OTHER, bright, ROUND, "disc")
     scenery.shadow(-0.18, -0.18, 0.18, 0.18, 0, 0.9)
 
 
 def _post_box(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
     scenery.box((-0.35, 0, -0.3), (0.35, 1.35, 0.3), OTHER, bright)
-    scenery.card(0, 0.98, 0.5, 0.08, OTHER, BLACK)
-    scenery.card(0, 0.45, 0.42, 0.3, OTHER, (238, 236, 228))
+    scenery.billboard(0, 0.98, 0.5, 0.08, OTHER, BLACK)
+    scenery.billboard(0, 0.45, 0.42, 0.3, OTHER, (238, 236, 228))
 
 
-def _billboard(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
+def _advertising_board(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
     for x in (-1.0, 1.0):
-        scenery.card(x, 0, 0.14, 1.1, OTHER, BLACK)
-    scenery.card(0, 0.95, 2.9, 1.9, OTHER, (70, 72, 76))
-    scenery.card(0, 1.05, 2.7, 1.7, OTHER, paint, POSTER, second=(240, 236, 222))
+        scenery.billboard(x, 0, 0.14, 1.1, OTHER, BLACK)
+    scenery.billboard(0, 0.95, 2.9, 1.9, OTHER, (70, 72, 76))
+    scenery.billboard(0, 1.05, 2.7, 1.7, OTHER, paint, POSTER, second=(240, 236, 222))
     scenery.shadow(-1.4, -0.05, 1.4, 0.05, 0.95, 2.85)
 
 
 def _kiosk(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
     scenery.box((-0.75, 0, -0.6), (0.75, 2.3, 0.6), OTHER, color, top=BLACK)
-    scenery.card(0, 1.05, 1.2, 0.85, OTHER, paint, POSTER, second=(240, 236, 222))
+    scenery.billboard(0, 1.05, 1.2, 0.85, OTHER, paint, POSTER, second=(240, 236, 222))
     scenery.box((-0.9, 2.3, -0.75), (0.9, 2.5, 0.75), OTHER, BLACK, shadow=False)
 
 
@@ -484,8 +484,8 @@ def _crates(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
 
 def _barrier(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
     for x in (-0.55, 0.55):
-        scenery.card(x, 0, 0.12, 1.0, OTHER, BLACK)
+        scenery.billboard(x, 0, 0.12, 1.0, OTHER, BLACK)
     for k in range(6):
-        scenery.card(
+        scenery.billboard(
             -0.75 + 0.3 * k, 0.55, 0.3, 0.42, OTHER, (232, 90, 26) if k % 2 else (240, 238, 230)
         )

@@ -25,7 +25,7 @@ _NEAR = 0.35  # metres; nothing closer to the camera is drawn
 
 
 @dataclass(frozen=True)
-class Eye:
+class Camera:
     """A pinhole camera near the world's origin that looks ahead: pixels, metres, radians.
 
     The horizon's row stands for a small pitch, as in architects' cameras, so that upright things
@@ -55,7 +55,7 @@ class Eye:
         right, down = np.array((cy, 0.0, -sy)), np.array((0.0, -1.0, 0.0))
         return np.array((cr * right + sr * down, cr * down - sr * right, (sy, 0.0, cy)))
 
-    def see(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    def to_camera(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """Turn world points ``(..., 3)`` into camera coordinates (right, down, ahead)."""
         bent = points - (self.x, self.y, 0.0)
         bent[..., 0] += self.curve * points[..., 2] ** 2
@@ -65,7 +65,7 @@ class Eye:
 
 
 @dataclass(frozen=True)
-class Mood:
+class Lighting:
     """Weather and light; colours are factors of a surface's own colour, or 0-255 for the sky."""
 
     name: str
@@ -95,27 +95,27 @@ class Faces:
     shaded: NDArray[np.uint8]  # 1 where a shadow can fall
 
 
-def project(scenery: Scenery, eye: Eye) -> Faces:
+def project(scenery: Scenery, camera: Camera) -> Faces:
     """Project the faces, drop those that are not visible, and sort the rest back to front."""
-    looks = np.array(scenery.looks)
-    order = np.argsort(looks[:, 11], kind="stable")
-    looks, frames = looks[order], np.array(scenery.frames).reshape(-1, 3, 3)[order]
+    attributes = np.array(scenery.attributes)
+    order = np.argsort(attributes[:, 11], kind="stable")
+    attributes, frames = attributes[order], np.array(scenery.frames).reshape(-1, 3, 3)[order]
     ends = frames + frames[:, :1] * ((0.0,), (1.0,), (1.0,))
-    seen = eye.see(ends)
-    mounted = looks[:, 11] >= HOOD - 5_000
+    seen = camera.to_camera(ends)
+    mounted = attributes[:, 11] >= HOOD - 5_000
     seen[mounted] = ends[mounted] * (1.0, -1.0, 1.0)
     corner, u, v = seen[:, 0], seen[:, 1] - seen[:, 0], seen[:, 2] - seen[:, 0]
     volume = np.einsum("fi,fi->f", corner, np.cross(u, v))
     shapes, counts = _shape_table()
-    kind = looks[:, 2].astype(int)
+    kind = attributes[:, 2].astype(int)
     points = corner[:, None] + shapes[kind, :, :1] * u[:, None] + shapes[kind, :, 1:] * v[:, None]
-    pixels, behind = _pixels(points, eye)
+    pixels, behind = _pixels(points, camera)
     low, high = pixels.min(1), pixels.max(1)
-    inside = (high >= 0).all(1) & (low[:, 0] < 2 * eye.width) & (low[:, 1] < 2 * eye.height)
+    inside = (high >= 0).all(1) & (low[:, 0] < 2 * camera.width) & (low[:, 1] < 2 * camera.height)
     keep = np.flatnonzero((volume < -1e-9) & ~behind.all(1) & (inside | behind.any(1)))
     flat = pixels[keep].reshape(len(keep), -1).tolist()
     outlines = [
-        row[: 2 * count] if not cut else _clipped(corners[:count], eye)
+        row[: 2 * count] if not cut else _clipped(corners[:count], camera)
         for row, count, cut, corners in zip(
             flat,
             counts[kind[keep]].tolist(),
@@ -125,12 +125,12 @@ def project(scenery: Scenery, eye: Eye) -> Faces:
         )
     ]
     return _tables(
-        looks[keep], frames[keep], corner[keep], u[keep], v[keep], volume[keep], outlines
+        attributes[keep], frames[keep], corner[keep], u[keep], v[keep], volume[keep], outlines
     )
 
 
 def _tables(
-    looks: NDArray[np.float64],
+    attributes: NDArray[np.float64],
     frames: NDArray[np.float64],
     corner: NDArray[np.float64],
     u: NDArray[np.float64],
@@ -146,7 +146,7 @@ def _tables(
     right = np.cross(v, corner) / volume[:, None] * wide[:, None]
     up = np.cross(corner, u) / volume[:, None] * tall[:, None]
     near = np.cross(u, v) / volume[:, None]
-    materials = looks[:, 1].astype(np.uint8)
+    materials = attributes[:, 1].astype(np.uint8)
     flat = np.abs(frames[:, 1, 1]) + np.abs(frames[:, 2, 1]) < 1e-6
     # Texture on the ground continues from strip to strip; elsewhere it starts at random, so that
     # two trees differ.
@@ -158,15 +158,15 @@ def _tables(
     right, up = right + near * start[:, :1], up + near * start[:, 1:]
     normal = np.cross(frames[:, 2], frames[:, 1])
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
-    grounded = flat & (frames[:, 0, 1] < 0.3) & (looks[:, 11] < 9_000)
+    grounded = flat & (frames[:, 0, 1] < 0.3) & (attributes[:, 11] < 9_000)
     sky = np.zeros((1, 9))
     return Faces(
         outlines,
         np.concatenate((sky, np.hstack((right, up, near)))).T.astype(np.float32),
-        np.concatenate((sky[:, :6], looks[:, 3:9])).T.astype(np.float32),
+        np.concatenate((sky[:, :6], attributes[:, 3:9])).T.astype(np.float32),
         np.concatenate((sky[:, :3], normal)).T.astype(np.float32),
-        np.concatenate((sky[:, :2] + 1, looks[:, 9:11])).T.astype(np.float32),
-        np.concatenate(((scenery.SKY,), looks[:, 0])).astype(np.uint8),
+        np.concatenate((sky[:, :2] + 1, attributes[:, 9:11])).T.astype(np.float32),
+        np.concatenate(((scenery.SKY,), attributes[:, 0])).astype(np.uint8),
         np.concatenate(((255,), materials)).astype(np.uint8),
         np.concatenate(((0,), grounded)).astype(np.uint8),
     )
@@ -180,15 +180,17 @@ def _shape_table() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     return np.array(table), np.array([len(points) for points in SHAPES.values()])
 
 
-def _pixels(points: NDArray[np.float64], eye: Eye) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _pixels(
+    points: NDArray[np.float64], camera: Camera
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return the canvas pixels ``(..., 2)`` of camera points, and which are too close or behind."""
     behind = points[..., 2] < _NEAR
-    scale = 2.0 * eye.focal / np.where(behind, 1.0, points[..., 2])
-    pixels = points[..., :2] * scale[..., None] + (eye.width - 0.5, 2.0 * eye.horizon - 0.5)
+    scale = 2.0 * camera.focal / np.where(behind, 1.0, points[..., 2])
+    pixels = points[..., :2] * scale[..., None] + (camera.width - 0.5, 2.0 * camera.horizon - 0.5)
     return np.rint(np.clip(pixels, -1e6, 1e6)).astype(np.int64), behind
 
 
-def _clipped(points: NDArray[np.float64], eye: Eye) -> list[int]:
+def _clipped(points: NDArray[np.float64], camera: Camera) -> list[int]:
     """Cut off the part of an outline that is too close, and project the rest."""
     kept = []
     for a, b in zip(points, np.roll(points, -1, axis=0), strict=True):
@@ -196,13 +198,13 @@ def _clipped(points: NDArray[np.float64], eye: Eye) -> list[int]:
             kept.append(a)
         if (a[2] >= _NEAR) != (b[2] >= _NEAR):
             kept.append(a + (b - a) * (_NEAR + 1e-9 - a[2]) / (b[2] - a[2]))
-    pixels: list[int] = _pixels(np.array(kept), eye)[0].ravel().tolist() if len(kept) > 2 else []
+    pixels: list[int] = _pixels(np.array(kept), camera)[0].ravel().tolist() if len(kept) > 2 else []
     return pixels
 
 
-def paint_faces(faces: Faces, eye: Eye) -> NDArray[np.int32]:
+def paint_faces(faces: Faces, camera: Camera) -> NDArray[np.int32]:
     """Return the canvas ``(2H, 2W)`` int32: the number of the face at each place, 0 for the sky."""
-    canvas = Image.new("I", (2 * eye.width, 2 * eye.height))
+    canvas = Image.new("I", (2 * camera.width, 2 * camera.height))
     polygon = ImageDraw.Draw(canvas).polygon
     for number, outline in enumerate(faces.outlines, 1):
         if outline:
@@ -210,7 +212,7 @@ def paint_faces(faces: Faces, eye: Eye) -> NDArray[np.int32]:
     return np.asarray(canvas)
 
 
-def vote(canvas: NDArray[np.int32], labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def majority_label(canvas: NDArray[np.int32], labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Halve a canvas to a label map ``(H, W)``: the majority of four, or what lies in front."""
     four = [canvas[row::2, column::2] for row in (0, 1) for column in (0, 1)]
     ids = [labels[part] for part in four]
@@ -221,13 +223,13 @@ def vote(canvas: NDArray[np.int32], labels: NDArray[np.uint8]) -> NDArray[np.uin
     return label
 
 
-def cast_shadows(scenery: Scenery, eye: Eye, mood: Mood) -> NDArray[np.uint8]:
+def cast_shadows(scenery: Scenery, camera: Camera, lighting: Lighting) -> NDArray[np.uint8]:
     """Return how much light each place of the ground loses to shadows: ``(2H, 2W)`` uint8."""
-    canvas = Image.new("L", (2 * eye.width, 2 * eye.height))
+    canvas = Image.new("L", (2 * camera.width, 2 * camera.height))
     polygon = ImageDraw.Draw(canvas).polygon
     boxes = np.array(scenery.shadows)
     x0, z0, x1, z1, bottom, top, ball = boxes.T
-    dx, dz = -mood.sun[0] / mood.sun[1], -mood.sun[2] / mood.sun[1]
+    dx, dz = -lighting.sun[0] / lighting.sun[1], -lighting.sun[2] / lighting.sun[1]
     xa, xb = (x0, x1) if dx >= 0 else (x1, x0)
     za, zb = (z0, z1) if dz >= 0 else (z1, z0)
     # A rectangle swept in a straight line covers a hexagon; a ball covers an ellipse.
@@ -248,15 +250,19 @@ def cast_shadows(scenery: Scenery, eye: Eye, mood: Mood) -> NDArray[np.uint8]:
         (xs[ball == 0], zs[ball == 0]),
         (ellipse_x[ball == 1], ellipse_z[ball == 1]),
     ):
-        points = eye.see(np.stack((corners_x, np.full_like(corners_x, 0.04), corners_z), -1))
-        pixels, behind = _pixels(points, eye)
+        points = camera.to_camera(
+            np.stack((corners_x, np.full_like(corners_x, 0.04), corners_z), -1)
+        )
+        pixels, behind = _pixels(points, camera)
         whole = ~behind.any(1)
         for outline in pixels[whole].reshape(-1, 2 * points.shape[1]).tolist():
             polygon(outline, fill=255)
         for corners in points[~whole & ~behind.all(1)]:
-            outline = _clipped(corners, eye)
+            outline = _clipped(corners, camera)
             if outline:
                 polygon(outline, fill=255)
     return np.asarray(
-        canvas.filter(ImageFilter.BoxBlur(max(1.0, eye.width / (200 if mood.shadow > 0.3 else 40))))
+        canvas.filter(
+            ImageFilter.BoxBlur(max(1.0, camera.width / (200 if lighting.shadow > 0.3 else 40)))
+        )
     )

@@ -19,20 +19,28 @@ from useg.classes import CARLA, write_classes
 from useg.errors import UsageError
 from useg.files import make_folder, replacing_folder
 from useg.images.files import Sample, write_picture
-from useg.ownership import SCENE_MARK, never
+from useg.ownership import SCENE_MARK, recognize_none
 from useg.scenes import scenery
 from useg.scenes.layout import hood, lay_out
 from useg.scenes.light import light
-from useg.scenes.render import Eye, Floats, Mood, cast_shadows, paint_faces, project, vote
-from useg.scenes.scenery import Dice
+from useg.scenes.render import (
+    Camera,
+    Floats,
+    Lighting,
+    cast_shadows,
+    majority_label,
+    paint_faces,
+    project,
+)
+from useg.scenes.scenery import RandomSource
 
 _SEEDS_APART = (
     1_000_003  # data sets of different seeds share no scene while they are smaller than this
 )
 
 
-_MOODS = (
-    Mood(
+_LIGHTINGS = (
+    Lighting(
         "sun",
         (0.6, 1.0, 0.3),
         (0.52, 0.48, 0.38),
@@ -43,7 +51,7 @@ _MOODS = (
         0.0016,
         0.58,
     ),
-    Mood(
+    Lighting(
         "overcast",
         (0.1, 1.0, 0.1),
         (0.14, 0.14, 0.14),
@@ -54,7 +62,7 @@ _MOODS = (
         0.004,
         0.22,
     ),
-    Mood(
+    Lighting(
         "dusk",
         (0.9, 0.45, 0.8),
         (0.34, 0.20, 0.10),
@@ -66,7 +74,7 @@ _MOODS = (
         0.3,
         lit=1.0,
     ),
-    Mood(
+    Lighting(
         "rain",
         (0.1, 1.0, 0.1),
         (0.06, 0.06, 0.07),
@@ -81,7 +89,7 @@ _MOODS = (
 )
 
 
-_MOOD_ODDS = (0.42, 0.24, 0.16, 0.18)
+_LIGHTING_PROBABILITIES = (0.42, 0.24, 0.16, 0.18)
 
 
 def make_scene(seed: int, size: tuple[int, int] = (256, 192)) -> Sample:
@@ -103,66 +111,72 @@ def make_scene(seed: int, size: tuple[int, int] = (256, 192)) -> Sample:
     """
     _check(seed, size)
     rng = np.random.default_rng(seed)
-    dice = Dice(rng)
-    mood, eye = _draw_mood(dice), _draw_eye(dice, size)
-    scenery, x = lay_out(dice, eye.focal)
-    eye = replace(eye, x=x)
-    if dice.chance(0.75):
-        hood(scenery, dice, eye.focal, eye.width, eye.height, eye.horizon)
-    faces = project(scenery, eye)
-    canvas = paint_faces(faces, eye)
-    label = vote(canvas, faces.labels)
-    picture = light(canvas, faces, cast_shadows(scenery, eye, mood), eye, mood)
-    if mood.name == "rain":
-        picture = _wet(picture, label, eye, rng)
-    return Sample(_sensor(picture, mood, rng), label)
+    random = RandomSource(rng)
+    lighting, camera = _draw_lighting(random), _draw_camera(random, size)
+    scenery, x = lay_out(random, camera.focal)
+    camera = replace(camera, x=x)
+    if random.chance(0.75):
+        hood(scenery, random, camera.focal, camera.width, camera.height, camera.horizon)
+    faces = project(scenery, camera)
+    canvas = paint_faces(faces, camera)
+    label = majority_label(canvas, faces.labels)
+    picture = light(canvas, faces, cast_shadows(scenery, camera, lighting), camera, lighting)
+    if lighting.name == "rain":
+        picture = _add_rain(picture, label, camera, rng)
+    return Sample(_simulate_sensor(picture, lighting, rng), label)
 
 
-def _draw_mood(dice: Dice) -> Mood:
-    roll, mood = dice(), _MOODS[-1]
-    for candidate, odds in zip(_MOODS, _MOOD_ODDS, strict=True):
+def _draw_lighting(random: RandomSource) -> Lighting:
+    roll, lighting = random(), _LIGHTINGS[-1]
+    for candidate, odds in zip(_LIGHTINGS, _LIGHTING_PROBABILITIES, strict=True):
         if roll < odds:
-            mood = candidate
+            lighting = candidate
             break
         roll -= odds
-    turn, height, light = dice(0, 2 * np.pi), dice(0.55, 1.15), dice(0.88, 1.1)
-    reach = float(np.hypot(mood.sun[0], mood.sun[2]))
+    turn, height, light = random(0, 2 * np.pi), random(0.55, 1.15), random(0.88, 1.1)
+    reach = float(np.hypot(lighting.sun[0], lighting.sun[2]))
     ahead = (
-        np.sin(turn) if mood.name != "dusk" else 0.4 + 0.6 * np.sin(turn)
+        np.sin(turn) if lighting.name != "dusk" else 0.4 + 0.6 * np.sin(turn)
     )  # dusk often looks into the sun
     return replace(
-        mood,
-        sun=(reach * float(np.cos(turn)), mood.sun[1] * height, reach * float(ahead)),
-        daylight=(mood.daylight[0] * light, mood.daylight[1] * light, mood.daylight[2] * light),
-        clouds=mood.clouds + dice(-0.8, 0.5),
-        mist=mood.mist * dice(0.6, 1.8),
+        lighting,
+        sun=(reach * float(np.cos(turn)), lighting.sun[1] * height, reach * float(ahead)),
+        daylight=(
+            lighting.daylight[0] * light,
+            lighting.daylight[1] * light,
+            lighting.daylight[2] * light,
+        ),
+        clouds=lighting.clouds + random(-0.8, 0.5),
+        mist=lighting.mist * random(0.6, 1.8),
     )
 
 
-def _draw_eye(dice: Dice, size: tuple[int, int]) -> Eye:
+def _draw_camera(random: RandomSource, size: tuple[int, int]) -> Camera:
     width, height = size
-    bent = dice.chance(0.4)
-    return Eye(
+    bent = random.chance(0.4)
+    return Camera(
         width,
         height,
-        focal=max(width, height * 4 / 3) * dice(0.64, 0.8),
-        horizon=height * dice(0.42, 0.52),
+        focal=max(width, height * 4 / 3) * random(0.64, 0.8),
+        horizon=height * random(0.42, 0.52),
         x=0.0,
-        y=dice(2.1, 2.7) if dice.chance(0.2) else dice(1.35, 1.75),
-        yaw=dice(-0.06, 0.06),
-        roll=dice(-0.03, 0.03) if dice.chance(0.3) else 0.0,
-        curve=dice(-0.0016, 0.0016) * bent,
-        slope=dice(-0.0006, 0.0006) * bent,
+        y=random(2.1, 2.7) if random.chance(0.2) else random(1.35, 1.75),
+        yaw=random(-0.06, 0.06),
+        roll=random(-0.03, 0.03) if random.chance(0.3) else 0.0,
+        curve=random(-0.0016, 0.0016) * bent,
+        slope=random(-0.0006, 0.0006) * bent,
     )
 
 
-def _wet(picture: Floats, label: NDArray[np.uint8], eye: Eye, rng: np.random.Generator) -> Floats:
+def _add_rain(
+    picture: Floats, label: NDArray[np.uint8], camera: Camera, rng: np.random.Generator
+) -> Floats:
     """Let wet ground mirror what stands above the horizon, and add streaks of rain."""
     H, W, _ = picture.shape
     soft = _blurred(picture, W / 120)
     rows = np.arange(H)
-    below = np.maximum(rows - eye.horizon, 0.0)
-    mirrored = soft[np.clip(2 * eye.horizon - rows, 0, H - 1).astype(int)]
+    below = np.maximum(rows - camera.horizon, 0.0)
+    mirrored = soft[np.clip(2 * camera.horizon - rows, 0, H - 1).astype(int)]
     puddles = Image.fromarray(rng.random((9, 5), np.float32)).resize(
         (W, H), Image.Resampling.BICUBIC
     )
@@ -190,7 +204,9 @@ def _blurred(picture: Floats, radius: float) -> Floats:
     return np.asarray(image, np.float32)
 
 
-def _sensor(picture: Floats, mood: Mood, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _simulate_sensor(
+    picture: Floats, lighting: Lighting, rng: np.random.Generator
+) -> NDArray[np.uint8]:
     """Bloom around lamps, lens blur and vignette, exposure, noise."""
     H, W, _ = picture.shape
     exposure, noise, blur, tint = (
@@ -199,9 +215,11 @@ def _sensor(picture: Floats, mood: Mood, rng: np.random.Generator) -> NDArray[np
         rng.uniform(0, 0.3),
         rng.uniform(-0.03, 0.03),
     )
-    if mood.lit:
+    if lighting.lit:
         bright: Floats = np.maximum(picture - 190, 0)
-        picture = picture + _blurred(bright * np.float32(2.5), W / 40) * np.float32(0.6 * mood.lit)
+        picture = picture + _blurred(bright * np.float32(2.5), W / 40) * np.float32(
+            0.6 * lighting.lit
+        )
     down, across = np.linspace(-1, 1, H)[:, None], np.linspace(-1, 1, W)
     vignette = 1.0 - 0.16 * (down * down + across * across)
     picture = picture * (vignette[..., None] * exposure * (1 + tint, 1, 1 - tint)).astype(
@@ -211,7 +229,9 @@ def _sensor(picture: Floats, mood: Mood, rng: np.random.Generator) -> NDArray[np
     image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
     if blur > 0.15:
         image = image.filter(ImageFilter.BoxBlur(blur))
-    sharp = np.asarray(image, np.float32) + shot * np.float32(noise * (1.25 if mood.lit else 1.0))
+    sharp = np.asarray(image, np.float32) + shot * np.float32(
+        noise * (1.25 if lighting.lit else 1.0)
+    )
     return np.clip(sharp, 0, 255).astype(np.uint8)
 
 
@@ -255,7 +275,7 @@ def write_scenes(out: Path, count: int, size: tuple[int, int] = (256, 192), seed
             f"{out} {what}, but scenes need a new or empty folder; choose another one or remove it"
         )
     make_folder(out.absolute().parent)
-    with replacing_folder(out, never) as draft:
+    with replacing_folder(out, recognize_none) as draft:
         _fill(draft, count, size, seed)
 
 

@@ -1,8 +1,8 @@
-"""Dice -> the things of a made street as flat faces, in metres, before any camera or weather.
+"""Random numbers -> the things of a made street as flat faces, without camera or weather.
 
-The world is x to the right, y up, z ahead. A face is a corner, an edge to its right, an edge
-upwards and an outline in their coordinates. Faces are painted from back to front without a depth
-buffer, in the order of ``Scenery.key``; see layout.py for why that is right.
+The world is x to the right, y up, z ahead, in metres. A face is a corner, an edge to its right, an
+edge upwards and an outline in their coordinates. Faces are painted from back to front without a
+depth buffer, in the order of ``Scenery.key``; see layout.py for why that is right.
 """
 
 from __future__ import annotations
@@ -128,21 +128,21 @@ SHAPE_IDS = {name: k for k, name in enumerate(SHAPES)}
 CROWNS = tuple(name for name in SHAPES if name.startswith("crown") and "turned" not in name)
 
 
-class Dice:
-    """Fast scalar random numbers, drawn from one numpy generator in blocks."""
+class RandomSource:
+    """Random numbers one by one, drawn from a numpy generator in blocks, which is faster."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
-        self._rolls: list[float] = []
+        self._numbers: list[float] = []
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
         """Return a number between ``low`` and ``high``."""
-        if not self._rolls:
-            self._rolls = self._rng.random(1024).tolist()
-        return low + (high - low) * self._rolls.pop()
+        if not self._numbers:
+            self._numbers = self._rng.random(1024).tolist()
+        return low + (high - low) * self._numbers.pop()
 
     def chance(self, probability: float) -> bool:
-        """Return True that often."""
+        """Return True with a probability."""
         return self() < probability
 
     def pick(self, options: Sequence[Choice]) -> Choice:
@@ -160,12 +160,12 @@ class Dice:
 
 
 class Scenery:
-    """Faces and shadows, collected by a pen that stands somewhere in the street.
+    """Faces and shadows, placed relative to a movable origin in the street.
 
     Attributes:
         focal: pixels of a length of 1 m at 1 m, which decides what is too small to draw.
         frames: corner, right edge and up edge of each face: 9 numbers, world metres.
-        looks: label, material, outline, colour (3), second colour (3), two numbers for the
+        attributes: label, material, outline, colour (3), second colour (3), two numbers for the
             material, painting order.
         shadows: boxes that cast one: x0, z0, x1, z1, bottom, top, and 1.0 when round.
     """
@@ -173,11 +173,11 @@ class Scenery:
     def __init__(self, focal: float) -> None:
         self.focal = focal
         self.frames: list[tuple[float, ...]] = []
-        self.looks: list[tuple[float, ...]] = []
+        self.attributes: list[tuple[float, ...]] = []
         self.shadows: list[tuple[float, ...]] = []
-        self.stand(0.0)
+        self.move_to(0.0)
 
-    def stand(
+    def move_to(
         self,
         band: float,
         x: float = 0.0,
@@ -186,17 +186,17 @@ class Scenery:
         yaw: float = 0.0,
         order: float | None = None,
     ) -> None:
-        """Move the pen.
+        """Move the origin.
 
-        Faces of a higher band are painted later; within a band, those of the nearer pen or of the
-        lower ``order``.
+        Faces of a higher band are painted later; within a band, those of the nearer origin or
+        of the lower ``order``.
         """
         self.x, self.y, self.z = x, y, z
         self.cos, self.sin = math.cos(yaw), math.sin(yaw)
         self.key = band - (z if order is None else order)
 
     def pixels(self, metres: float) -> float:
-        """How many pixels a length takes at the pen's distance."""
+        """How many pixels a length takes at the distance of the origin."""
         return self.focal * metres / max(self.z, 1.0)
 
     def face(
@@ -211,7 +211,7 @@ class Scenery:
         second: Rgb = BLACK,
         grain: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """Add a face: corner ``p`` in pen coordinates; from its front ``u`` is right, ``v`` up."""
+        """Add a face at ``p`` from the origin; seen from its front, ``u`` is right and ``v`` up."""
         c, s = self.cos, self.sin
         self.frames.append(
             (
@@ -226,9 +226,11 @@ class Scenery:
                 c * v[2] - s * v[0],
             )
         )
-        self.looks.append((label, material, SHAPE_IDS[shape], *color, *second, *grain, self.key))
+        self.attributes.append(
+            (label, material, SHAPE_IDS[shape], *color, *second, *grain, self.key)
+        )
 
-    def card(
+    def billboard(
         self,
         x: float,
         y: float,

@@ -54,7 +54,14 @@ from useg.serving.service import (
     describe_service,
 )
 from useg.serving.site import DOCS, PUBLIC_PATHS, docs_page, page_files
-from useg.serving.uploads import Lease, Upload, declared_size, is_form, parse_count, parse_form
+from useg.serving.uploads import (
+    Reservation,
+    Upload,
+    declared_size,
+    is_form,
+    parse_count,
+    parse_form,
+)
 
 # What FastAPI cannot read from the signatures: descriptions, examples, errors, streamed bodies.
 _DOCUMENTATION: dict[str, Any] = json.loads((DOCS / "openapi.json").read_text("utf-8"))
@@ -163,38 +170,40 @@ def _prediction_routes(service: Service) -> APIRouter:
         if not is_form(request):
             return [Upload("the image", content)]
         kind, most = request.headers["content-type"], service.limits.images
-        lease = service.uploads.lease(request)
+        reservation = service.uploads.reservation(request)
         queue = service.queue_for(len(content))
-        return await queue.run(lambda: parse_form(content, kind, most), len(content), lease)
+        return await queue.run(lambda: parse_form(content, kind, most), len(content), reservation)
 
     async def predict_all(
         request: Request, uploads: Sequence[Upload], response_format: ResponseFormat
     ) -> list[EncodedPrediction]:
         """Check the size of every image, and of the whole response, before any is decoded."""
-        lease = service.uploads.lease(request)
+        reservation = service.uploads.reservation(request)
         gzip = "gzip" in request.headers.get("accept-encoding", "")
         if len(uploads) == 1 and not service.is_large(len(uploads[0].content)):
-            size, prediction = await predict_if_small(lease, uploads[0], response_format, gzip)
+            size, prediction = await predict_if_small(
+                reservation, uploads[0], response_format, gzip
+            )
             sizes = [size]
         else:
             prediction = None
             sizes = await gather_or_cancel(
-                functools.partial(declare, lease, each) for each in uploads
+                functools.partial(declare, reservation, each) for each in uploads
             )
         pixels = sum(width * height for width, height in sizes)
         add_log_fields(request, pixels=pixels)
         if prediction is not None:
-            lease.hold_response(prediction.size)
+            reservation.hold_response(prediction.size)
             return [prediction]
         num_classes = len(service.predictor.classes)
-        lease.hold_response(responses.known_size(response_format, pixels, num_classes))
+        reservation.hold_response(responses.known_size(response_format, pixels, num_classes))
         return await gather_or_cancel(
-            functools.partial(predict_one, lease, upload, size, response_format, gzip)
+            functools.partial(predict_one, reservation, upload, size, response_format, gzip)
             for upload, size in zip(uploads, sizes, strict=True)
         )
 
     async def predict_if_small(
-        lease: Lease, upload: Upload, response_format: ResponseFormat, gzip: bool
+        reservation: Reservation, upload: Upload, response_format: ResponseFormat, gzip: bool
     ) -> tuple[tuple[int, int], EncodedPrediction | None]:
         """Check the size of an image, and predict it in the same turn of a thread if it is small.
 
@@ -213,16 +222,16 @@ def _prediction_routes(service: Service) -> APIRouter:
                 service.predictor, upload, response_format, service.limits, gzip
             )
 
-        return await service.queue.run(work, service.small_work_bytes, lease)
+        return await service.queue.run(work, service.small_work_bytes, reservation)
 
-    async def declare(lease: Lease, upload: Upload) -> tuple[int, int]:
+    async def declare(reservation: Reservation, upload: Upload) -> tuple[int, int]:
         size = len(upload.content)
         return await service.queue_for(size).run(
-            lambda: declared_size(upload, service.limits.pixels), size, lease
+            lambda: declared_size(upload, service.limits.pixels), size, reservation
         )
 
     async def predict_one(
-        lease: Lease,
+        reservation: Reservation,
         upload: Upload,
         size: tuple[int, int],
         response_format: ResponseFormat,
@@ -235,11 +244,11 @@ def _prediction_routes(service: Service) -> APIRouter:
                 service.predictor, upload, response_format, service.limits, gzip
             ),
             needed,
-            lease,
+            reservation,
         )
         num_classes = len(service.predictor.classes)
         counted = responses.known_size(response_format, size[0] * size[1], num_classes)
-        lease.hold_response(prediction.size, counted)
+        reservation.hold_response(prediction.size, counted)
         return prediction
 
     @router.post(
@@ -274,7 +283,7 @@ def _prediction_routes(service: Service) -> APIRouter:
         bundle = await service.queue.run(
             lambda: responses.bundle_predictions(predictions, response_format),
             0,
-            service.uploads.lease(request),
+            service.uploads.reservation(request),
         )
         return PiecesResponse(bundle, bundle.headers)
 
@@ -390,11 +399,13 @@ def _open_inference_routes(service: Service) -> APIRouter:
     async def infer_body(
         request: Request, name: str, body: bytes, json_length: int | None
     ) -> EncodedPrediction:
-        lease = service.uploads.lease(request)
+        reservation = service.uploads.reservation(request)
         text_size = len(body) if json_length is None else json_length
         parsing_bytes = open_inference.JSON_EXPANSION * text_size
         wanted = await service.queue_for(len(body), parsing_bytes).run(
-            lambda: open_inference.parse_inference_request(body, json_length), parsing_bytes, lease
+            lambda: open_inference.parse_inference_request(body, json_length),
+            parsing_bytes,
+            reservation,
         )
         _, height, width, _ = wanted.images.shape
         pixels, limit = wanted.images[..., 0].size, service.limits.pixels
@@ -407,11 +418,13 @@ def _open_inference_routes(service: Service) -> APIRouter:
         add_log_fields(request, pixels=pixels)
         needed = service.work_bytes(width, height)
         size = open_inference.inference_response_size(wanted, len(service.predictor.classes))
-        lease.hold_response(size)
+        reservation.hold_response(size)
         content = await service.queue_for(len(body), max(needed, size)).run(
-            lambda: open_inference.run_inference(service.predictor, name, wanted), needed, lease
+            lambda: open_inference.run_inference(service.predictor, name, wanted),
+            needed,
+            reservation,
         )
-        lease.hold_response(content.size, counted=size)
+        reservation.hold_response(content.size, counted=size)
         return content
 
     return router

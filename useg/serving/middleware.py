@@ -367,8 +367,8 @@ class RequestMiddleware:
         try:
             await self._respond(scope, receive, response)
         finally:
-            if "lease" in state:
-                state["lease"].release()
+            if "reservation" in state:
+                state["reservation"].release()
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.observe(route, response.status, seconds)

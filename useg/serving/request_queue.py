@@ -21,7 +21,7 @@ import torch
 from fastapi import Request
 
 from useg.serving.middleware import client_disconnected, service_unavailable
-from useg.serving.uploads import Lease
+from useg.serving.uploads import Reservation
 
 # The threads of large images have a lower priority by this much, so that they take what the event
 # loop, the network and small images leave.
@@ -157,7 +157,10 @@ class RequestQueue:
             raise service_unavailable(f"the request queue is full ({self.waiting} images wait)")
 
     async def run(
-        self, function: Callable[[], WorkResult], memory: int, lease: Lease | None = None
+        self,
+        function: Callable[[], WorkResult],
+        memory: int,
+        reservation: Reservation | None = None,
     ) -> WorkResult:
         """Wait for a thread, then call ``function`` in it.
 
@@ -167,7 +170,7 @@ class RequestQueue:
         Args:
             function: the work.
             memory: maximum bytes that the work takes.
-            lease: the request's lease on memory, which the work shares until it ends.
+            reservation: the memory reserved for the request, which the work shares until it ends.
 
         Raises:
             HTTPException: 503, the queue is full.
@@ -188,14 +191,14 @@ class RequestQueue:
                 self._release(request)
             raise
         work = Work(function, self._is_large)
-        if lease:
-            lease.share()
+        if reservation:
+            reservation.share()
         task = self.pool.submit(work)
 
         def release() -> None:
             self._release(request)
-            if lease:
-                lease.release()
+            if reservation:
+                reservation.release()
 
         def schedule_release(_: object) -> None:
             # RuntimeError: the event loop is closed.

@@ -1,8 +1,8 @@
 """Bodies of requests -> uploaded files in memory, with a limit for each and for all together.
 
 Uploads are never written to disk, and no more than the limits allow is kept in memory. Each request
-has a lease on memory. Its body and its response count until the last byte is sent and the last
-thread that works for the request has ended.
+reserves memory: its body and its response count until the last byte is sent and the last thread
+that works for the request has ended.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class Upload:
     content: bytes
 
 
-class Lease:
+class Reservation:
     """The bytes that one request holds: its body, then its response.
 
-    Threads that work for a request share its lease, because the request may end before they do.
+    Threads that work for a request share its reservation, because the request may end before they
+    do.
     """
 
     def __init__(self, memory: UploadReader) -> None:
@@ -130,14 +131,14 @@ class UploadReader:
         self.response_bytes = 0
         self.limits = limits
         # Bodies that are not complete, the oldest first; what ends the wait for the next part.
-        self._incomplete: dict[Lease, asyncio.Timeout] = {}
+        self._incomplete: dict[Reservation, asyncio.Timeout] = {}
 
-    def lease(self, request: Request) -> Lease:
-        """Return the lease of a request; the middleware releases it when the request ends."""
-        if not hasattr(request.state, "lease"):
-            request.state.lease = Lease(self)
-        lease: Lease = request.state.lease
-        return lease
+    def reservation(self, request: Request) -> Reservation:
+        """Return the memory reserved for a request, which the middleware releases at its end."""
+        if not hasattr(request.state, "reservation"):
+            request.state.reservation = Reservation(self)
+        reservation: Reservation = request.state.reservation
+        return reservation
 
     async def read(self, request: Request, most: int) -> bytes:
         """Read the whole body, of at most so many bytes.
@@ -148,44 +149,45 @@ class UploadReader:
         """
         if request.headers.get("content-encoding", "identity") != "identity":
             raise HTTPException(415, "the body is compressed; send it uncompressed")
-        lease = self.lease(request)
+        reservation = self.reservation(request)
         # A declared size is checked before anything is read.
         declared = request.headers.get("content-length", "0")
         _check_size(parse_count(declared) or 0, most)
         try:
             async with asyncio.timeout(None) as waiting:
-                self._incomplete[lease] = waiting
+                self._incomplete[reservation] = waiting
                 async for chunk in request.stream():
-                    _check_size(lease.body + len(chunk), most)
-                    lease.add_chunk(chunk)
+                    _check_size(reservation.body + len(chunk), most)
+                    reservation.add_chunk(chunk)
         except TimeoutError as error:
             raise service_unavailable("too many uploads are in memory") from error
         finally:
-            del self._incomplete[lease]
+            del self._incomplete[reservation]
         request.state.received = True
-        chunks = lease.take_chunks()
+        chunks = reservation.take_chunks()
         # Let other requests run: joining a large body takes a tenth of a second.
-        is_large = len(chunks) > 1 and lease.body > SMALL_BYTES
+        is_large = len(chunks) > 1 and reservation.body > SMALL_BYTES
         return await asyncio.to_thread(b"".join, chunks) if is_large else b"".join(chunks)
 
-    def make_room(self, lease: Lease, size: int) -> None:
+    def make_room(self, reservation: Reservation, size: int) -> None:
         """Refuse the newest bodies until ``size`` further bytes of a body fit; perhaps itself.
 
         Bodies that arrive together grow together. If each were refused that finds no room, all
         would be.
         """
-        is_large = lease.body + size > SMALL_BYTES
+        is_large = reservation.body + size > SMALL_BYTES
         limit = self.limits.buffered_bytes
         if is_large:
             limit -= limit // SMALL_SHARE
-        while self.buffered_bytes + size > limit and not lease.is_refused:
+        while self.buffered_bytes + size > limit and not reservation.is_refused:
             newest = next(
                 each
                 for each in reversed(self._incomplete)
-                if each is lease or (not each.is_refused and (each.body > SMALL_BYTES) == is_large)
+                if each is reservation
+                or (not each.is_refused and (each.body > SMALL_BYTES) == is_large)
             )
             newest.refuse_body()
-            if newest is not lease:
+            if newest is not reservation:
                 # It may wait for a client that sends nothing.
                 self._incomplete[newest].reschedule(0)
 

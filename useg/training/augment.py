@@ -1,9 +1,9 @@
 """Photometric augmentation: random changes of colours, light and sharpness of training crops.
 
-A model trained on one street in one light also has to label other streets. :func:`draw_look` draws
-the changes of a crop, within a :class:`LookRange`, and :func:`apply_looks` applies them to a whole
-batch on its device. Labels do not change. A crop may also take the colours of another image
-(:func:`match_colours`).
+A model trained on one street in one light also has to label other streets. :func:`draw_change`
+draws the changes of a crop, within a :class:`PhotometricRange`, and :func:`apply_changes`
+applies them to a whole batch on its device. Labels do not change. A crop may also take the colours
+of another image (:func:`match_colours`).
 
 Sources: colour jitter, grayscale, blur and noise as in SimCLR (Chen and others 2020, appendix A),
 fog as in the corruptions of Hendrycks and Dietterich (2019).
@@ -48,7 +48,7 @@ BLUR, NOISE = (0.4, 2.0), (0.01, 0.08)
 
 
 @dataclass(frozen=True)
-class LookRange:
+class PhotometricRange:
     """The strength of photometric augmentation.
 
     Args:
@@ -74,12 +74,12 @@ class LookRange:
         return any(value for name, value in vars(self).items() if name != "limit")
 
 
-NO_LOOKS = LookRange()
+NO_PHOTOMETRIC = PhotometricRange()
 
 
 @dataclass(frozen=True)
-class Look:
-    """How one crop looks; the defaults change nothing.
+class PixelChange:
+    """The changes of one crop; the defaults change nothing.
 
     Args:
         colors: ``(C, C)``: each band after the change, as a sum of those before.
@@ -105,8 +105,11 @@ class Look:
     matched: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
 
-def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Look:
-    """Draw the look of a crop with ``channels`` bands."""
+PixelChanges = Sequence[PixelChange]
+
+
+def draw_change(rng: np.random.Generator, channels: int, ranges: PhotometricRange) -> PixelChange:
+    """Draw the changes of a crop with ``channels`` bands."""
 
     def happens(share: float) -> bool:
         return bool(rng.random() < share)
@@ -133,7 +136,7 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
     if ranges.limit is not None and happens(ranges.fog):
         top = draw_uniform(rng, 0, MAX_FOG)
         fog, fog_color = (top, top * rng.random()), draw_uniform(rng, *FOG_BRIGHTNESS)
-    return Look(
+    return PixelChange(
         colors.astype(np.float32),
         gamma,
         shading,
@@ -150,59 +153,58 @@ def draw_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-def apply_looks(
-    x: Tensor, looks: Sequence[Look], limit: float | None, scale: float, *, at_once: bool = False
+def apply_changes(
+    x: Tensor, changes: PixelChanges, limit: float | None, scale: float, *, at_once: bool = False
 ) -> Tensor:
-    """Change raw pixels ``(N, H, W, C)`` float32; one look per crop.
+    """Change raw pixels ``(N, H, W, C)`` float32: photometric augmentation.
 
     Args:
         x: The pixels.
-        looks: One for each crop.
+        changes: Those of each crop.
         limit: Largest value of the pixels; None if there is none.
         scale: What noise is a share of: the value range.
         at_once: Whether what some crops need is computed for all of them at once, which a GPU does
             as fast as for one; else each crop gets only what it needs. The results are equal.
     """
     N, H, W, C = x.shape
-    for k, look in enumerate(looks):
-        if look.matched:
-            x[k] = match_colours(x[k], *look.matched)
-    gammas = np.array([look.gamma for look in looks], np.float32)[:, None, None, None]
-    colors, gamma = move_arrays([np.stack([look.colors for look in looks]), gammas], x.device)
+    for k, change in enumerate(changes):
+        if change.matched:
+            x[k] = match_colours(x[k], *change.matched)
+    gammas = np.array([change.gamma for change in changes], np.float32)[:, None, None, None]
+    colors, gamma = move_arrays([np.stack([change.colors for change in changes]), gammas], x.device)
     x = torch.bmm(x.reshape(N, H * W, C), colors.transpose(1, 2)).view(N, H, W, C)
     if limit is not None:
-        x = x.clamp_(0, limit)
-        x = x.div_(limit).pow_(gamma).mul_(limit)
+        x = x.clamp_(0, limit).div_(limit).pow_(gamma).mul_(limit)
     for part in [slice(N)] if at_once else [slice(k, k + 1) for k in range(N)]:
-        _change_places(x[part], looks[part], limit)
-    for k, look in enumerate(looks):
-        if look.noise:
-            generator = torch.Generator(x.device).manual_seed(look.seed)
+        _apply_local_changes(x[part], changes[part], limit)
+    for k, change in enumerate(changes):
+        if change.noise:
+            generator = torch.Generator(x.device).manual_seed(change.seed)
             noise = torch.randn((H, W, C), generator=generator, device=x.device)
-            x[k] += noise.mul_(look.noise * scale)
+            x[k] += noise.mul_(change.noise * scale)
     return x if limit is None else x.clamp_(0, limit)
 
 
-def _change_places(x: Tensor, looks: Sequence[Look], limit: float | None) -> None:
+def _apply_local_changes(x: Tensor, changes: PixelChanges, limit: float | None) -> None:
     """Give crops ``(n, H, W, C)`` uneven light, fog and blur, in place."""
     n, H, W, _ = x.shape
-    if any(look.shading is not None for look in looks):
+    if any(change.shading is not None for change in changes):
         grids = np.zeros((n, 1, SHADING_POINTS, SHADING_POINTS), np.float32)
-        for k, look in enumerate(looks):
-            grids[k] = 0 if look.shading is None else look.shading
+        for k, change in enumerate(changes):
+            grids[k] = 0 if change.shading is None else change.shading
         (grid,) = move_arrays([grids], x.device)
         field = F.interpolate(grid, (H, W), mode="bicubic", align_corners=True)
         x *= field.exp_()[:, 0, :, :, None]
-    if limit is not None and any(any(look.fog) for look in looks):
+    if limit is not None and any(any(change.fog) for change in changes):
         shares, colors = np.zeros((n, H, 1, 1), np.float32), np.zeros((n, 1, 1, 1), np.float32)
-        for k, look in enumerate(looks):
-            if any(look.fog):
-                shares[k, :, 0, 0] = torch.linspace(*look.fog, H).numpy()
-                colors[k] = look.fog_color * limit
+        for k, change in enumerate(changes):
+            if any(change.fog):
+                shares[k, :, 0, 0] = torch.linspace(*change.fog, H).numpy()
+                colors[k] = change.fog_color * limit
         share, color = move_arrays([shares, colors], x.device)
         x.copy_(x * (1 - share) + share * color)
-    if any(look.blur for look in looks):
-        x.copy_(_blur(x, [look.blur for look in looks]))
+    if any(change.blur for change in changes):
+        x.copy_(_blur(x, [change.blur for change in changes]))
 
 
 def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:

@@ -36,11 +36,11 @@ from useg.distributed import process_rank, world_size
 from useg.machine import prefetch
 from useg.models.geometry import reflect_indices
 from useg.training.augment import (
-    NO_LOOKS,
-    Look,
-    LookRange,
-    apply_looks,
-    draw_look,
+    NO_PHOTOMETRIC,
+    PhotometricRange,
+    PixelChange,
+    apply_changes,
+    draw_change,
     draw_uniform,
     measure_colours,
 )
@@ -128,7 +128,7 @@ class Crop:
         zoom: Pixels of the sample per pixel of the crop (1 copies, below 1 enlarges).
         flip_left_right, flip_top_bottom: Whether to flip it.
         gain, offset: Per band (or one number), applied to the pixels as ``x * gain + offset``.
-        look: Further changes of the pixels, after gain and offset; None for none.
+        change: Further changes of the pixels, after gain and offset; None for none.
     """
 
     top: float
@@ -138,7 +138,7 @@ class Crop:
     flip_top_bottom: bool = False
     gain: NDArray[np.float32] | float = 1.0
     offset: NDArray[np.float32] | float = 0.0
-    look: Look | None = None
+    change: PixelChange | None = None
 
 
 def draw_crop(
@@ -406,7 +406,7 @@ class Batches:
         device_samples: The samples on that device, where they fit.
         coarse_size: (width, height) of a crop at half the size.
         zoom: Range of the random zoom.
-        looks: How strongly the look of crops changes.
+        photometric: How strongly colours, light and sharpness of crops change.
         colours: Colours of P images without masks, which crops may take: ``(P, C, quantiles)``, as
             :func:`useg.training.augment.measure_colours` returns them.
     """
@@ -423,7 +423,7 @@ class Batches:
     device_samples: DeviceSamples | None = None
     coarse_size: tuple[int, int] = (0, 0)
     zoom: tuple[float, float] = (1.0, 1.0)
-    looks: LookRange = NO_LOOKS
+    photometric: PhotometricRange = NO_PHOTOMETRIC
     colours: NDArray[np.float32] | None = None
     _measured: dict[int, NDArray[np.float32]] = field(default_factory=dict, init=False, repr=False)
 
@@ -472,21 +472,22 @@ class Batches:
         ]
         if self.device_samples:
             images, labels = self.device_samples.cut_crops(drawn, size, self.margin)
-            return self._change_looks(images, drawn).permute(0, 3, 1, 2), labels
+            return self._apply_changes(images, drawn).permute(0, 3, 1, 2), labels
         crops = [cut_crop(self.samples[index], crop, size, self.margin) for index, crop in drawn]
         images = torch.from_numpy(np.stack([image for image, _ in crops]))
         # The pixels are in channels-last order already.
-        x = self._change_looks(images, drawn).permute(0, 3, 1, 2)
+        x = self._apply_changes(images, drawn).permute(0, 3, 1, 2)
         target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
         return move_tensor(x, self.device), move_tensor(target, self.device)
 
-    def _change_looks(self, images: Tensor, drawn: Sequence[tuple[int, Crop]]) -> Tensor:
-        looks = [crop.look for _, crop in drawn if crop.look is not None]
-        if not looks:
+    def _apply_changes(self, images: Tensor, drawn: Sequence[tuple[int, Crop]]) -> Tensor:
+        changes = [crop.change for _, crop in drawn if crop.change is not None]
+        if not changes:
             return images
-        limit = self.looks.limit
+        limit = self.photometric.limit
         scale = limit or 4 * float(self.std.mean())
-        return apply_looks(images, looks, limit, scale, at_once=self.device_samples is not None)
+        is_on_gpu = self.device_samples is not None
+        return apply_changes(images, changes, limit, scale, at_once=is_on_gpu)
 
     def _draw(
         self, epoch: int, position: int, size: tuple[int, int], zoom: int, matched: bool
@@ -502,14 +503,16 @@ class Batches:
             left = _draw_whole_start(rng, shape[1] - width)
             return index, Crop(top, left, zoom)
         crop = draw_crop(rng, shape, (width, height), self.flips, self.mean, self.std, self.zoom)
-        look = draw_look(rng, len(self.mean), self.looks) if self.looks or matched else None
-        if matched and look and self.colours is not None and rng.random() < MATCHED_SHARE:
+        change = None
+        if self.photometric or matched:
+            change = draw_change(rng, len(self.mean), self.photometric)
+        if matched and change and self.colours is not None and rng.random() < MATCHED_SHARE:
             # Contrast and brightness change first, and matching removes these changes.
             old = self._colours_of(index)
             old = old * np.reshape(crop.gain, (-1, 1)) + np.reshape(crop.offset, (-1, 1))
             new = self.colours[rng.integers(len(self.colours))]
-            look = replace(look, matched=(old, new))
-        return index, replace(crop, zoom=zoom * crop.zoom, look=look)
+            change = replace(change, matched=(old, new))
+        return index, replace(crop, zoom=zoom * crop.zoom, change=change)
 
     def _colours_of(self, index: int) -> NDArray[np.float32]:
         """Return the colours of a sample; they are measured at its first use."""

@@ -137,7 +137,7 @@ def fit(
 def _loop(session: TrainingSession) -> bool:
     """Train until the last step or an interruption; return whether it was interrupted."""
     stopwatch, recorder = session.stopwatch, session.recorder
-    session.threads.look_anew()
+    session.threads.restart()
     with interruptible() as stop, recorder:
         stopwatch.start()
         taken: deque[TakenStep] = deque()
@@ -145,7 +145,7 @@ def _loop(session: TrainingSession) -> bool:
             stopwatch.batch_arrived()
             taken.append(session.take_step(x, target))
             # The previous step is accounted for while a GPU computes this one.
-            is_late = session.may_be_late(taken[-1].step, stop)
+            is_late = session.may_overlap_next(taken[-1].step, stop)
             while len(taken) > is_late:
                 if session.account_for(taken.popleft(), stop, is_last_taken=not taken):
                     return True

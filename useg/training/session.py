@@ -61,7 +61,7 @@ MIN_ESTIMATE_IMAGES = 4
 
 # A new number of steps is printed if it differs from the last printed one by more than this share:
 # on a busy machine it changes often, and the progress bar shows it anyway.
-MIN_SAID_CHANGE = 0.35
+MIN_REPORTED_CHANGE = 0.35
 
 # With fewer held-out images, the model that a run starts from is not kept: by two of them it seemed
 # better than one that scored 13 points more on ninety others.
@@ -161,7 +161,7 @@ class TrainingSession:
         waited = self.stopwatch.waited
         return TakenStep(self.num_taken, x, target, learning_rate, loss, waited)
 
-    def may_be_late(self, step: int, stop: StopRequest) -> bool:
+    def may_overlap_next(self, step: int, stop: StopRequest) -> bool:
         """Return whether the next step may begin before this one is accounted for.
 
         It may not if something needs the weights after this step, or decides about the next one.
@@ -346,7 +346,7 @@ class TrainingSession:
         """Write the new number of steps into ``run.toml``."""
         schedule = self.schedule
         self.set_and_store({"train.steps": schedule.steps, "train.recounts": schedule.recounts})
-        if abs(schedule.steps - self.steps_said) > MIN_SAID_CHANGE * self.steps_said:
+        if abs(schedule.steps - self.steps_said) > MIN_REPORTED_CHANGE * self.steps_said:
             self.steps_said = schedule.steps
             self.progress.say(
                 f"train.steps = {schedule.steps}: recounted after step {step} to finish on time"

@@ -69,11 +69,11 @@ class ThreadControl:
         """Decide before the first step; return whether the number of threads changes."""
         if not self._may_change():
             return False
-        self.look_anew()
+        self.restart()
         time.sleep(FIRST_WATCH_SECONDS)
         return self._adapt(0)
 
-    def look_anew(self) -> None:
+    def restart(self) -> None:
         """Forget what has happened so far, such as preparations with processes of their own."""
         self._programs.cores()
         self._watched = time.monotonic()
@@ -110,7 +110,7 @@ class ThreadControl:
 
 
 @contextmanager
-def keeping_threads() -> Iterator[None]:
+def restored_threads() -> Iterator[None]:
     """Give PyTorch its number of threads back after a block."""
     threads = torch.get_num_threads()
     try:

@@ -26,8 +26,8 @@ from useg.data.dataset import Dataset, Pair, object_classes
 from useg.device import (
     CPU,
     TensorFunction,
+    allow_compiling,
     choose_precision,
-    compiling_pays,
     graph_on_gpu,
     is_out_of_memory,
     move_arrays,
@@ -44,7 +44,7 @@ from useg.objects.separation import ObjectStatistics
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
 from useg.scoring.metrics import Confusion, confusion
-from useg.training.augment import LookRange
+from useg.training.augment import PhotometricRange
 from useg.training.batches import (
     Batches,
     Crop,
@@ -212,7 +212,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         parts = zip(x.chunk(self.num_parts), target.chunk(self.num_parts), strict=True)
         for part, part_target in parts:
-            with compiling_pays(self.is_long):
+            with allow_compiling(self.is_long):
                 logits = compute_logits(self.parallel, part, self.precision)
             loss = self.loss(logits, part_target) * (len(part) / len(x))
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -499,14 +499,14 @@ def _make_batches(
         move_samples(train, device),
         coarse_size=output_size(model, (crop[0] // 2, crop[1] // 2)),
         zoom=zoom,
-        looks=_choose_looks(settings.train, train.pixels),
+        photometric=_choose_photometric(settings.train, train.pixels),
     )
 
 
-def _choose_looks(train: TrainSettings, pixels: str) -> LookRange:
-    """Return how strongly looks change: each part but the exposure times the strength of all."""
+def _choose_photometric(train: TrainSettings, pixels: str) -> PhotometricRange:
+    """Return the strength of each photometric change: all but exposure are scaled together."""
     strength = train.photometric or 0.0
-    return LookRange(
+    return PhotometricRange(
         strength * train.color_jitter,
         strength * train.grayscale,
         strength * train.shading,

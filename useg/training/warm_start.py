@@ -18,7 +18,7 @@ from typing import Any
 
 from useg.classes import IGNORE, ClassTable
 from useg.config import ModelSettings, Settings, read_provenance, read_settings
-from useg.data.class_mapping import has_made_up_names, match_classes, parse_class_map
+from useg.data.class_mapping import has_default_names, match_classes, parse_class_map
 from useg.data.dataset import Dataset, read_pair_size
 from useg.data.split_files import restore_splits
 from useg.errors import DataError, ModelError, SettingsError, format_count
@@ -113,7 +113,7 @@ def _digest_weights(model: Segmenter) -> str:
     return digest.hexdigest()
 
 
-def take_over(
+def adopt_settings(
     start: str | os.PathLike[str], chosen: Settings, given: Collection[str]
 ) -> tuple[Settings, str]:
     """Set what a model decides: the network and the working size, where the user sets no others.
@@ -146,7 +146,7 @@ def take_over(
     return settings, (
         f"starting from {path}"
         f"{f', trained on {trained}' if trained else ''}: encoder {model.settings.get('encoder')}, "
-        f"width {model.settings.get('width')}, {_say_working_size(model.working)}, "
+        f"width {model.settings.get('width')}, {_describe_working_size(model.working)}, "
         f"{format_count(len(model.classes), 'class', 'classes')}"
     )
 
@@ -195,10 +195,10 @@ def read_start(plan: Plan, dataset: Dataset) -> WarmStart:
     rows = _match_rows(dataset, model, settings.model.start_map)
     num_seen = count_seen(path, dataset)
     notes = [
-        _say_classes(rows, dataset.classes, model.classes),
-        *_say_sizes(plan, dataset, model),
-        *_say_bands(plan.channels, model.channels),
-        *_say_seen(num_seen, dataset),
+        _describe_classes(rows, dataset.classes, model.classes),
+        *_describe_sizes(plan, dataset, model),
+        *_describe_bands(plan.channels, model.channels),
+        *_describe_seen(num_seen, dataset),
     ]
     return WarmStart(model, path, rows, num_seen, tuple(notes))
 
@@ -227,10 +227,10 @@ def _names_without(classes: ClassTable, rows: tuple[int, ...]) -> list[str]:
     return [name for name, row in zip(classes.names, rows, strict=True) if row == _NEW_ROW]
 
 
-def _say_classes(rows: tuple[int, ...], classes: ClassTable, old: ClassTable) -> str:
+def _describe_classes(rows: tuple[int, ...], classes: ClassTable, old: ClassTable) -> str:
     new = _names_without(classes, rows)
     dropped = [name for k, name in enumerate(old.names) if k not in rows]
-    unnamed = has_made_up_names(classes) and has_made_up_names(old)
+    unnamed = has_default_names(classes) and has_default_names(old)
     by_id = "; no file names them, so equal ids count as equal classes" if unnamed else ""
     if not new and not dropped:
         return f"the model's classes are those of the data{by_id}"
@@ -253,18 +253,18 @@ def _say_classes(rows: tuple[int, ...], classes: ClassTable, old: ClassTable) ->
     return "; ".join(parts)
 
 
-def _say_working_size(working: WorkingSize) -> str:
+def _describe_working_size(working: WorkingSize) -> str:
     frame = working.frame
     return f"{frame[0]}x{frame[1]} pixels" if frame else f"scale {working.scale:g}"
 
 
-def _say_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
+def _describe_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
     """Say where the run works at another size than the model, or distorts the images."""
     was, now = model.working, plan.working
     if was != now:
         yield (
-            f"the working size of the model is {_say_working_size(was)}, that of this run "
-            f"{_say_working_size(now)}"
+            f"the working size of the model is {_describe_working_size(was)}, that of this run "
+            f"{_describe_working_size(now)}"
         )
     if now.frame is None:
         return
@@ -277,7 +277,7 @@ def _say_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
         )
 
 
-def _say_bands(new: int, old: int) -> Iterator[str]:
+def _describe_bands(new: int, old: int) -> Iterator[str]:
     if new != old:
         yield (
             f"the images have {format_count(new, 'band')}, but the model takes {old}: the weights "
@@ -285,7 +285,7 @@ def _say_bands(new: int, old: int) -> Iterator[str]:
         )
 
 
-def _say_seen(num_seen: int, dataset: Dataset) -> Iterator[str]:
+def _describe_seen(num_seen: int, dataset: Dataset) -> Iterator[str]:
     if num_seen:
         yield (
             f"{num_seen} of {format_count(len(dataset.of('val')), 'held-out image')} "

@@ -48,7 +48,7 @@ _RUNS_HEADER = re.compile(
 _IMAGE_HEADER = re.compile(r"id|(image|img|file)(?!.*(mask|width|height)).*", re.IGNORECASE)
 _CLASS_HEADER = re.compile(r".*(class|label|categor|type).*", re.IGNORECASE)
 # The beginning of a table shows whether it has run lengths.
-_NUM_BYTES_LOOKED_AT = 1 << 16
+_BEGINNING_BYTES = 1 << 16
 # Cells without runs.
 _EMPTY = ("", "-1", "nan")
 # A line with more cells is skipped.
@@ -108,7 +108,7 @@ def is_run_length_csv(path: Path) -> bool:
         return False
     try:
         with open_file(path) as file:
-            return _find_columns_of(file.read(_NUM_BYTES_LOOKED_AT)) is not None
+            return _find_columns_of(file.read(_BEGINNING_BYTES)) is not None
     except OSError:
         return False
 
@@ -159,7 +159,7 @@ def _split_table(text: str) -> Iterator[list[str]]:
 
 def _find_columns_of(content: bytes) -> _RunColumns | None:
     """Find the columns by the beginning of a table, whose last row may be cut."""
-    rows = list(_split_table(decode_text(content[:_NUM_BYTES_LOOKED_AT], "replace")))
+    rows = list(_split_table(decode_text(content[:_BEGINNING_BYTES], "replace")))
     return _find_run_columns(rows[:-1] if len(rows) > 2 else rows)
 
 

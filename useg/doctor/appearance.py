@@ -29,13 +29,13 @@ from useg.folders import natural_key
 # With fewer images, it is not known how classes usually look; more are not compared, and no more
 # classes than these. Each is compared in so many bands of rows of the image. A cell's brightness
 # has so many levels.
-_MIN_IMAGES_OF_LOOKS, _MIN_IMAGES_OF_GROUP = 12, 3
-_MAX_IMAGES_OF_LOOKS, _MAX_CLASSES_OF_LOOKS = 2000, 16
+_MIN_IMAGES_OF_APPEARANCE, _MIN_IMAGES_OF_GROUP = 12, 3
+_MAX_IMAGES_OF_APPEARANCE, _MAX_CLASSES_OF_APPEARANCE = 2000, 16
 _NUM_BANDS, _NUM_TONES = 6, 8
 # Classes count in a band if the other images have so many cells of them there. The log-likelihood
 # that a cell gains or loses is at most this.
 _MIN_COMPARED_CELLS, _MAX_GAIN_OF_CELL = 24, 3.0
-_MAX_ROUNDS_OF_LOOKS = 10
+_MAX_ROUNDS_OF_APPEARANCE = 10
 # A negative gains at least so much a cell, and this share of what the others would lose. No more
 # than a part of the images may lose less than a quarter of that.
 _MIN_GAIN_OF_NEGATIVE, _MIN_GAIN_SHARE = 0.35, 0.7
@@ -60,8 +60,8 @@ _MIN_RECOGNISED, _MIN_SHOWN, _MIN_T_OF_SHOWN = 0.3, 0.5, 5.0
 
 def find_negative_images(data: MeasuredDataset) -> tuple[Measurement, ...]:
     """Return the images in which classes are dark that are bright in the others."""
-    images = pick_evenly(data.complete, _MAX_IMAGES_OF_LOOKS)
-    if len(images) < _MIN_IMAGES_OF_LOOKS:
+    images = pick_evenly(data.complete, _MAX_IMAGES_OF_APPEARANCE)
+    if len(images) < _MIN_IMAGES_OF_APPEARANCE:
         return ()
     levels = []
     for each in images:
@@ -70,9 +70,9 @@ def find_negative_images(data: MeasuredDataset) -> tuple[Measurement, ...]:
         deviations = (grey - grey.mean()) / max(float(grey.std()), 1e-6)
         # From two standard deviations below the mean to two above it.
         levels.append(np.clip((deviations + 2) * (_NUM_TONES / 4), 0, _NUM_TONES - 1))
-    counts = _count_looks(data, images, levels, _NUM_TONES)
+    counts = _count_tones(data, images, levels, _NUM_TONES)
     is_negative = np.zeros(len(images), bool)
-    for _ in range(_MAX_ROUNDS_OF_LOOKS):
+    for _ in range(_MAX_ROUNDS_OF_APPEARANCE):
         looks = np.where(is_negative[:, None, None], counts[..., ::-1], counts)
         gains = _gain_by_change(looks, looks.sum(0) - looks, np.arange(_NUM_TONES)[::-1])
         if not (gains > 0).any():
@@ -98,7 +98,7 @@ def _may_be_exchanged_classes(own: NDArray[np.float32], others: NDArray[np.float
     """Whether two exchanged classes explain the looks of an image at least as well as a negative.
 
     Args:
-        own, others: the cells of the image and of the others, from :func:`_count_looks`.
+        own, others: the cells of the image and of the others, from :func:`_count_tones`.
     """
     log_shares = np.log((others + 0.5) / (others.sum(1, keepdims=True) + 0.5 * _NUM_TONES))
     by_negative = float((own * (log_shares[:, ::-1] - log_shares)).sum())
@@ -136,13 +136,13 @@ def check_exchanged_image_colors(data: MeasuredDataset) -> Iterator[Finding]:
     colored = [
         each for each in data.complete if each.image is not None and each.image.tints is not None
     ]
-    images = pick_evenly(colored, _MAX_IMAGES_OF_LOOKS)
-    if len(images) < _MIN_IMAGES_OF_LOOKS:
+    images = pick_evenly(colored, _MAX_IMAGES_OF_APPEARANCE)
+    if len(images) < _MIN_IMAGES_OF_APPEARANCE:
         return
     num_levels = len(TINT_LIMITS) + 1
     order = np.arange(num_levels**2).reshape(num_levels, num_levels).T.ravel()
     tints = [each.image.tints for each in images if each.image is not None]
-    counts = _count_looks(data, images, tints, num_levels**2)
+    counts = _count_tones(data, images, tints, num_levels**2)
     folders = [each.pair.image.parent for each in images]
     splits = [each.pair.split for each in images]
     groups = [[own == one for own in folders] for one in dict.fromkeys(folders)]
@@ -177,7 +177,7 @@ def check_exchanged_image_colors(data: MeasuredDataset) -> Iterator[Finding]:
             return
 
 
-def _count_looks(
+def _count_tones(
     data: MeasuredDataset,
     images: Sequence[Measurement],
     levels: Sequence[NDArray[Any] | None],
@@ -189,7 +189,7 @@ def _count_looks(
         Numbers of cells ``(N, classes * bands, levels)``.
     """
     pixels = sum_class_pixels(data, images)[: len(data.dataset.classes)]
-    compared = np.argsort(-pixels, kind="stable")[:_MAX_CLASSES_OF_LOOKS]
+    compared = np.argsort(-pixels, kind="stable")[:_MAX_CLASSES_OF_APPEARANCE]
     rows, columns = THUMBNAIL_SHAPE
     bands = np.repeat(np.arange(rows) * _NUM_BANDS // rows, columns).reshape(THUMBNAIL_SHAPE)
     counts = np.zeros((len(images), len(compared) * _NUM_BANDS, num_levels), np.float32)
@@ -212,7 +212,7 @@ def _gain_by_change(
     """Return the log-likelihood ``(N,)`` that a cell of each image gains on average by a change.
 
     Args:
-        own: the cells of each image, from :func:`_count_looks`.
+        own: the cells of each image, from :func:`_count_tones`.
         others: those of the images that it is compared with.
         order: the level that each level becomes.
     """
@@ -226,7 +226,7 @@ def _gain_by_change(
 
 def check_undrawn_classes(data: MeasuredDataset) -> Iterator[Finding]:
     """Find classes that a series of images lacks although they show what looks like them."""
-    images = pick_evenly(data.complete, _MAX_IMAGES_OF_LOOKS)
+    images = pick_evenly(data.complete, _MAX_IMAGES_OF_APPEARANCE)
     if len(images) < _MIN_IMAGES_WITHOUT + _MIN_IMAGES_WITH or len(data.dataset.classes) < 2:
         return
     images = sorted(images, key=lambda each: natural_key(each.pair.image.name))
