@@ -515,17 +515,28 @@ def test_channels_that_do_not_fit_the_pages_are_refused():
     refused(described(ome("", channels=0)), "gives the axes 'TCZ' impossible lengths")
 
 
+@pytest.mark.parametrize("count", [64, 65])
+def test_more_channels_of_imagej_than_an_image_has_bands_are_pages(count, tmp_path):
+    # tifffile calls the first axis channels if it is not named.
+    stack = np.arange(count * 30, dtype=np.uint8).reshape(count, 5, 6)
+    tifffile.imwrite(tmp_path / "z.tif", stack, imagej=True)
+    assert files.num_pages(tmp_path / "z.tif") == (1 if count == 64 else 65)
+    if count == 65:
+        page = files.read_image(tmp_path / "z.tif", page=64)
+        np.testing.assert_array_equal(page[..., 0], stack[64])
+
+
 def test_many_channels_of_few_pixels_are_bands():
     content = described('{"shape": [6, 16, 20], "axes": "CYX"}', 6, compression="deflate")
     assert np.array_equal(files.decode_image(content), np.moveaxis(STACK, 0, -1))
     target = io.BytesIO()
     with tifffile.TiffWriter(target) as writer:
         for k in range(1100):
-            text = "ImageJ=1\nchannels=1100\n" if k == 0 else None
+            text = '{"shape": [1100, 1, 1], "axes": "CYX"}' if k == 0 else None
             pixels = np.full((1, 1), k % 256, np.uint8)
             writer.write(pixels, description=text, metadata=None, contiguous=False)
     refused(target.getvalue(), "it stores 1,100 bands, each in a page of its own")
-    fewer = target.getvalue().replace(b"=1100", b"=0550")
+    fewer = target.getvalue().replace(b"[1100", b"[ 550")
     assert files.decode_image(fewer, page=1).shape == (1, 1, 550)
 
 

@@ -15,6 +15,7 @@ from useg.data.dataset import read_label
 from useg.data.layouts import find_dataset
 from useg.errors import SettingsError
 from useg.images.files import write_label
+from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import OutputOptions, make_folders
 from useg.inference.summaries import write_summaries
 
@@ -39,9 +40,9 @@ def export(folder: Path, tool: str) -> np.ndarray:
     write_label(target, label, TABLE)
     wanted = OutputOptions(overlays=False, tool=tool)
     make_folders(folder, wanted)
-    write_summaries(folder, [(image, target)], TABLE, wanted)
+    write_summaries(folder, [LabelledImage(1, image, target, "a.jpg")], TABLE, wanted)
     # A second time it replaces its own file.
-    write_summaries(folder, [(image, target)], TABLE, wanted)
+    write_summaries(folder, [LabelledImage(1, image, target, "a.jpg")], TABLE, wanted)
     target.unlink()
     return label
 

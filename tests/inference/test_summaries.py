@@ -62,21 +62,23 @@ def test_annotations_are_those_of_coco_s_own_tools(label: np.ndarray) -> None:
     assert sorted(found, key=json.dumps) == sorted(expected, key=json.dumps)
 
 
-def write_labels(folder: Path) -> tuple[list[tuple[Path, Path]], list[np.ndarray]]:
+def write_labels(folder: Path) -> tuple[list[LabelledImage], list[np.ndarray]]:
     labels = [LABEL, LABEL[::-1].copy(), np.full((2, 2), IGNORE, np.uint8)]
-    pairs = [
-        (folder / "in" / name, folder / f"{name[0]}.png") for name in ("a.tif", "b.jpg", "c.tif")
+    images = [
+        LabelledImage(k, folder / "in" / name, folder / f"{name[0]}.png", name)
+        for k, name in enumerate(("a.tif", "b.jpg", "c.tif"), 1)
     ]
     (folder / "in").mkdir()
-    for (image, target), label in zip(pairs, labels, strict=True):
-        write_label(target, label, TABLE)
-        tifffile.imwrite(image, label, extratags=UTM.tags if image.stem == "a" else ())
-    return pairs, labels
+    for image, label in zip(images, labels, strict=True):
+        write_label(image.label, label, TABLE)
+        tags = UTM.tags if image.name == "a.tif" else ()
+        tifffile.imwrite(image.image, label, extratags=tags)
+    return images, labels
 
 
 def test_coco_gives_the_label_maps_back(tmp_path: Path) -> None:
-    pairs, labels = write_labels(tmp_path)
-    assert write_summaries(tmp_path, pairs, TABLE, OutputOptions(coco=True)) == [
+    images, labels = write_labels(tmp_path)
+    assert write_summaries(tmp_path, images, TABLE, OutputOptions(coco=True)) == [
         tmp_path / "coco.json"
     ]
     content = json.loads((tmp_path / "coco.json").read_text("utf-8"))
@@ -85,7 +87,7 @@ def test_coco_gives_the_label_maps_back(tmp_path: Path) -> None:
         enumerate(TABLE.names)
     )
     assert [entry["id"] for entry in content["annotations"]] == list(range(1, 7))
-    reading = Reading(tmp_path, [image for image, _ in pairs])
+    reading = Reading(tmp_path, [each.image for each in images])
     entries = read_coco(tmp_path / "coco.json", content, reading).entries
     for entry, label in zip(entries, labels, strict=True):
         assert (
@@ -98,8 +100,8 @@ def test_coco_gives_the_label_maps_back(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_coco_s_own_tools_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     coco = pytest.importorskip("pycocotools.coco")
-    pairs, labels = write_labels(tmp_path)
-    write_summaries(tmp_path, pairs, TABLE, OutputOptions(coco=True))
+    images, labels = write_labels(tmp_path)
+    write_summaries(tmp_path, images, TABLE, OutputOptions(coco=True))
     opened = coco.COCO(tmp_path / "coco.json")
     for image, label in enumerate(labels, 1):
         painted = np.zeros(label.shape, np.uint8)
@@ -109,8 +111,8 @@ def test_coco_s_own_tools_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_areas_are_those_of_the_label_maps(tmp_path: Path) -> None:
-    pairs, _ = write_labels(tmp_path)
-    assert write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True)) == [
+    images, _ = write_labels(tmp_path)
+    assert write_summaries(tmp_path, images, TABLE, OutputOptions(areas=True)) == [
         tmp_path / "areas.csv"
     ]
     lines = list(csv.reader((tmp_path / "areas.csv").read_text("utf-8").splitlines()))
@@ -122,7 +124,7 @@ def test_areas_are_those_of_the_label_maps(tmp_path: Path) -> None:
         ["b.jpg", "background", "5", "0.416667", ""],
     ]
     assert lines[9] == ["c.tif", "car", "0", "0.000000", ""]
-    write_summaries(tmp_path, pairs[1:], TABLE, OutputOptions(areas=True))
+    write_summaries(tmp_path, images[1:], TABLE, OutputOptions(areas=True))
     assert (
         (tmp_path / "areas.csv")
         .read_text()
@@ -131,30 +133,30 @@ def test_areas_are_those_of_the_label_maps(tmp_path: Path) -> None:
 
 
 def test_summaries_cover_existing_label_maps_only(tmp_path: Path) -> None:
-    pairs, _ = write_labels(tmp_path)
+    images, _ = write_labels(tmp_path)
     both = OutputOptions(coco=True, areas=True)
-    whole = [path.read_bytes() for path in write_summaries(tmp_path, pairs, TABLE, both)]
+    whole = [path.read_bytes() for path in write_summaries(tmp_path, images, TABLE, both)]
     (tmp_path / "b.png").rename(tmp_path / "elsewhere.png")
-    write_summaries(tmp_path, pairs, TABLE, both)
+    write_summaries(tmp_path, images, TABLE, both)
     assert [
         image["id"] for image in json.loads((tmp_path / "coco.json").read_text())["images"]
     ] == [1, 3], "numbers are of the whole job"
     assert b"b.jpg" not in (tmp_path / "areas.csv").read_bytes()
     (tmp_path / "elsewhere.png").rename(tmp_path / "b.png")
-    assert [path.read_bytes() for path in write_summaries(tmp_path, pairs, TABLE, both)] == whole
-    write_summaries(tmp_path, pairs, TABLE, both, done=lambda image, label: image.suffix == ".tif")
+    assert [path.read_bytes() for path in write_summaries(tmp_path, images, TABLE, both)] == whole
+    write_summaries(tmp_path, images, TABLE, both, done=lambda each: each.image.suffix == ".tif")
     assert b"b.jpg" not in (tmp_path / "areas.csv").read_bytes()
-    assert write_summaries(tmp_path, pairs, TABLE, OutputOptions()) == []
-    assert write_summaries(tmp_path, pairs, TABLE, both, done=lambda image, label: False) == []
+    assert write_summaries(tmp_path, images, TABLE, OutputOptions()) == []
+    assert write_summaries(tmp_path, images, TABLE, both, done=lambda each: False) == []
 
 
 def test_the_last_writer_of_a_summary_includes_all_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs, _ = write_labels(tmp_path)
+    images, _ = write_labels(tmp_path)
     whole = [
         path.read_bytes()
-        for path in write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True))
+        for path in write_summaries(tmp_path, images, TABLE, OutputOptions(areas=True))
     ]
     (tmp_path / "b.png").rename(tmp_path / "elsewhere.png")
     write = summaries.write_areas
@@ -167,7 +169,7 @@ def test_the_last_writer_of_a_summary_includes_all_images(
     monkeypatch.setattr(summaries, "write_areas", write_while_another_comes)
     assert [
         path.read_bytes()
-        for path in write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True))
+        for path in write_summaries(tmp_path, images, TABLE, OutputOptions(areas=True))
     ] == whole
 
 
@@ -182,7 +184,7 @@ def write_objects(folder: Path) -> LabelledImage:
     for number, pixels in ((1, 24), (2, 20)):
         cells.append(f"a.png,{number},{TABLE.names[1]},{pixels},5,4,3,2,6,4,0.5,0,")
     (folder / "objects" / "a.csv").write_text("\n".join(cells) + "\n")
-    return LabelledImage(1, Path("a.png"), folder / "a.png")
+    return LabelledImage(1, Path("a.png"), folder / "a.png", "a.png")
 
 
 def test_objects_of_a_map_and_a_table_are_annotations(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ from useg.images.files import (
     read_mask_and_alpha,
     read_size,
 )
-from useg.images.formats import ALL_PAGES, UNREAD_SUFFIXES
+from useg.images.formats import ALL_PAGES, STACK_SUFFIXES, UNREAD_SUFFIXES
 from useg.parsing import open_file
 
 # Image files that are opened if no pairs are found.
@@ -79,7 +79,6 @@ _RECOGNIZERS = (find_pairs, find_table_pairs, find_annotated)
 
 
 _TIFF_SUFFIXES = (".tif", ".tiff")
-_STACK_SUFFIXES = frozenset({*_TIFF_SUFFIXES, ".dcm", ".dicom", ".npy"})
 # If an image has up to this many pages and its mask has one, the pages are bands; more are a stack.
 _MAX_BAND_PAGES = 16
 _VIDEO_ADVICE = "save the labelled frames as PNG, for example with ffmpeg"
@@ -312,7 +311,7 @@ def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
 
 def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
     suffixes = {pair.image.suffix.lower(), pair.mask.suffix.lower()}
-    if pair.truth is not None or _STACK_SUFFIXES.isdisjoint(suffixes):
+    if pair.truth is not None or STACK_SUFFIXES.isdisjoint(suffixes):
         yield pair
         return
     try:

@@ -171,6 +171,14 @@ def stored_pages(file: BinaryIO) -> int:
     return read_container(file).pages
 
 
+def has_grey_pages(file: BinaryIO) -> bool:
+    """Whether a file is a TIFF of pages of one band each."""
+    if not is_tiff(file):
+        return False
+    with open_tiff(file) as tiff:
+        return bool(tiff.first.samplesperpixel == tiff.planes.shape[1] == 1)
+
+
 def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
     """Return the ``(width, height)`` that :func:`decode` gives, from the header alone."""
     if is_tiff(file):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from useg.folders import list_files
 from useg.images.decode import (
     decode,
     decode_alpha,
+    has_grey_pages,
     stored_no_data,
     stored_pages,
     stored_palette,
@@ -367,11 +368,8 @@ def count_pages(image: Path, mask: Path) -> tuple[int, int]:
         with open_image_file(path) as file:
             counts.append(stored_pages(file))
             shapes.append(find_npy_shape(file))
-    if shapes[0] == shapes[1] and len(shapes[0]) == 3:
-        pages, *sides = shapes[0]
-        are_sides = 2 * min(sides) >= max(sides) and (pages != sides[0] or sides[0] == sides[1])
-        if pages >= _MIN_GREY_PAGES and min(sides) >= _MIN_GREY_SIDE and are_sides:
-            return pages, pages
+    if shapes[0] == shapes[1] and len(shapes[0]) == 3 and _are_pages(shapes[0]):
+        return shapes[0][0], shapes[0][0]
     for own, other in ((0, 1), (1, 0)):
         shape, same = shapes[own], (shapes[other][1:3], shapes[other][2:4])
         fits = shape[:1] == (counts[other],) or shape[1:] in same
@@ -380,14 +378,30 @@ def count_pages(image: Path, mask: Path) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def find_band_pages(path: Path, num_bands: int) -> int | None:
-    """Return ALL_PAGES for a TIFF that has one page for each of ``num_bands`` bands, or else None.
+def list_pages(path: Path, num_bands: int) -> Sequence[int | None]:
+    """Return the pages of a file that are images for a model of ``num_bands`` bands.
+
+    These are None for a file of one image, and all pages of a stack. A TIFF that has one page for
+    each of several bands is one image: ALL_PAGES. For a model of one band, an array ``(N, H, W)``
+    is a stack of N if both sides and N are as large as in :func:`count_pages`.
 
     Raises:
         DataError: the file is missing or not an image.
     """
-    is_tiff = path.suffix.lower() in (".tif", ".tiff")
-    return ALL_PAGES if is_tiff and num_bands > 1 and num_pages(path) == num_bands else None
+    with open_image_file(path) as file:
+        count, shape = stored_pages(file), find_npy_shape(file)
+        if count == num_bands > 1 and has_grey_pages(file):
+            return [ALL_PAGES]
+    is_grey = num_bands == 1 and len(shape) == 3 and shape[0] <= shape[2] and _are_pages(shape)
+    count = shape[0] if is_grey else count
+    return range(count) if count > 1 else [None]
+
+
+def _are_pages(shape: tuple[int, ...]) -> bool:
+    """Whether an array of three axes looks like grey images, and not like the bands of one."""
+    pages, *sides = shape
+    are_sides = 2 * min(sides) >= max(sides) and (pages != sides[0] or sides[0] == sides[1])
+    return pages >= _MIN_GREY_PAGES and min(sides) >= _MIN_GREY_SIDE and are_sides
 
 
 def encode_label(label: Label, table: ClassTable, mark: str = "") -> bytes:

@@ -76,6 +76,8 @@ IMAGE_SUFFIXES = frozenset(
         *(".jpc", ".avif", ".heic", ".heif", ".dcm", ".dicom", ".npy"),
     }
 )
+# Files that may hold many images.
+STACK_SUFFIXES = frozenset({".tif", ".tiff", ".dcm", ".dicom", ".npy"})
 # Files that hold images, but that useg does not read: their suffixes, and what to do with them.
 _CONVERSIONS = {
     ".nii .mha .mhd .nrrd .mgz": "save their slices as TIFF or .npy, for example with SimpleITK",

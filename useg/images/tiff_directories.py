@@ -20,7 +20,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.images.formats import UnreadableError, file_bytes, silence_package
+from useg.images.formats import MAX_BANDS, UnreadableError, file_bytes, silence_package
 
 MAX_PAGES = 20_000
 # Maximum number of values of a tag, such as offsets of tiles: 100,000 x 100,000 pixels in tiles of
@@ -390,6 +390,9 @@ def _imagej_layout(description: bytes) -> Layout:
         "Z": int(stored.get("slices", "1")),
         "T": int(stored.get("frames", "1")),
     }
+    if counts["Z"] == counts["T"] == 1 and counts["C"] > MAX_BANDS:
+        # tifffile calls the first axis of any array channels if nobody names it.
+        return _checked("Z", [counts["C"]], one_directory=True)
     if math.prod(counts.values()) == 1:
         return _checked("Z", [int(stored.get("images", "1"))], one_directory=True)
     order = stored.get("order", "").strip().upper()

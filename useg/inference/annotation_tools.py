@@ -34,24 +34,29 @@ _FROM_NAME, _TO_NAME = "tag", "image"
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image of a job.
+    """An image of a job, or a page of a stack, and its label map.
 
     Args:
         number: Its number in the whole job, from 1.
         image: The image file.
-        label: Its label map.
+        label: Its label map, which may not exist yet.
+        name: The name of the file, or of a page: ``z_0003.tif`` for the fourth of ``z.tif``.
+        page: Page of a stack, from 0; None for a file of one image; ALL_PAGES: the pages of a TIFF
+            are the bands of one image.
     """
 
     number: int
     image: Path
     label: Path
+    name: str
+    page: int | None = None
 
 
 def write_labelme(folder: Path, entries: Sequence[LabelledImage], table: ClassTable) -> None:
     """Write label maps as LabelMe's JSON, one file for each: a polygon per 4-connected region."""
     for entry in entries:
         target = folder / f"{entry.label.stem}.json"
-        _write_labelme_file(target, entry.image.name, read_mask(entry.label), table)
+        _write_labelme_file(target, entry.name, read_mask(entry.label), table)
 
 
 def _write_labelme_file(target: Path, image: str, label: Label, table: ClassTable) -> None:
@@ -100,8 +105,7 @@ def write_cvat(target: Path, entries: Sequence[LabelledImage], table: ClassTable
             label = read_mask(entry.label)
             height, width = label.shape
             file.write(
-                f'<image id="{k}" name={quoteattr(entry.image.name)} width="{width}" '
-                f'height="{height}">\n'
+                f'<image id="{k}" name={quoteattr(entry.name)} width="{width}" height="{height}">\n'
             )
             for value, left, top, mask in _list_regions(label, table):
                 lengths = ", ".join(map(str, _run_lengths(mask)))
@@ -124,7 +128,7 @@ def write_label_studio(target: Path, entries: Sequence[LabelledImage], table: Cl
         file.write("[")
         for k, entry in enumerate(entries):
             task = {
-                "data": {"image": f"/data/local-files/?d={quote(entry.image.name)}"},
+                "data": {"image": f"/data/local-files/?d={quote(entry.name)}"},
                 "predictions": [{"model_version": "useg", "result": _brush_regions(entry, table)}],
             }
             file.write(",\n" if k else "")

@@ -3,6 +3,8 @@
 Every file is written whole or not at all. A label map stores a mark of the model, the options and
 its image, so the same call after an interruption continues where it stopped.
 
+Each page of a stack is labelled like an image of its own.
+
 Each thread takes one image through all stages: decode, compute, encode. The stages of different
 images overlap, and only the images in work are in memory. There are two threads more than cores
 because every file is flushed to the disk, which takes a few milliseconds of waiting.
@@ -25,21 +27,23 @@ from pathlib import Path
 
 import torch
 
-from useg.errors import DataError, SettingsError, UsageError
+from useg.errors import DataError, SettingsError, UsageError, format_count
 from useg.files import MAX_NAME_BYTES, clear_drafts, refuse_same_names
 from useg.folders import natural_key
-from useg.images.files import Image, find_band_pages, read_image_and_missing
-from useg.images.formats import IMAGE_SUFFIXES, clear_errors
+from useg.images.files import Image, list_pages, read_image_and_missing
+from useg.images.formats import ALL_PAGES, IMAGE_SUFFIXES, STACK_SUFFIXES, clear_errors
+from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import (
     OutputOptions,
     find_georeference,
-    image_mark,
+    identify_image,
     is_done,
     label_image,
     label_path,
     list_outputs,
     list_summaries,
     make_folders,
+    mark_of_version,
     predictor_fingerprint,
     write_outputs,
 )
@@ -146,22 +150,13 @@ def find_sources(sources: Sequence[str]) -> FoundImages:
     is one image.
 
     Raises:
-        DataError: A source has no images, or two images have the same name without suffix, so
-            their label maps would overwrite each other.
+        DataError: A source has no images.
     """
     given = {source: _images_at(source) for source in dict.fromkeys(sources)}
     meant = {path for source in given if not os.path.isdir(source) for path in given[source]}
     masks = {path for source in given for path in _masks_in(source, given[source])} - meant
     paths = sorted({path for found in given.values() for path in found}, key=natural_key)
     images = [path for path in paths if path not in masks]
-    stems = Counter(path.stem for path in images)
-    repeated = [stem for stem, count in stems.items() if count > 1]
-    if repeated:
-        same = [str(path) for path in images if path.stem == repeated[0]]
-        raise DataError(
-            f"{' and '.join(same[:2])} would both become {repeated[0]}.png; "
-            f"predict them into different folders"
-        )
     return FoundImages(images, [path for path in paths if path in masks])
 
 
@@ -270,7 +265,8 @@ def predict(
     """Label image files.
 
     Writes ``out/STEM.png`` (a palette PNG of class ids) and ``out/overlays/STEM.png`` for every
-    image, and other outputs on request. The same call after an interruption continues where it
+    image, and other outputs on request. The pages of a stack are images of their own: the first
+    becomes ``out/STEM_0000.png``. The same call after an interruption continues where it
     stopped: label maps that the same model made of the same image are kept. A model that was made
     in memory has no file to identify it by, so its label maps are never kept.
 
@@ -279,8 +275,7 @@ def predict(
         sources: Image files, folders, globs; or what :func:`find_sources` found.
         out: Folder to write into.
         wanted: Outputs to write; ``OutputOptions(overlays=False)`` writes label maps only.
-        shard: (i, n): label only the i-th of n parts of the images, so n processes or machines
-            can share the work.
+        shard: (i, n): label only the i-th of n parts of the images.
         overwrite: Label every image again.
         runtime: What computes the model, as for :func:`useg.load`.
         augment: Test-time augmentation, as for :func:`useg.load`.
@@ -302,41 +297,47 @@ def predict(
     if isinstance(model, Predictor):
         predictor = model
     else:
-        predictor = Predictor.load(Path(model), runtime, len(found.images), augment)
+        num_images = sum(
+            len(_list_pages(path)) if path.suffix.lower() in STACK_SUFFIXES else 1
+            for path in found.images
+        )
+        predictor = Predictor.load(Path(model), runtime, num_images, augment)
     began, out = time.perf_counter(), Path(out)
-    pairs = plan_outputs(found.images, out, wanted)
+    images = plan_outputs(found.images, out, wanted, predictor.num_bands)
     make_folders(out, wanted)
     fingerprint = predictor_fingerprint(predictor, wanted)
     job = Job(predictor, out, wanted, overwrite, fingerprint, torch.get_num_threads())
-    own_pairs = pairs[shard[0] - 1 :: shard[1]]
-    results = _label_all(job, own_pairs, progress)
+    own = images[shard[0] - 1 :: shard[1]]
+    results = _label_all(job, own, progress)
     failed = [result for result in results if isinstance(result, Failure)]
     if failed:
-        refuse_only_failures(failed, len(own_pairs), "labelled")
+        refuse_only_failures(failed, len(own), "labelled")
     if list_summaries(out, wanted) or wanted.tool:
-        write_summaries(out, pairs, predictor.classes, wanted, done=job.is_done)
+        write_summaries(out, images, predictor.classes, wanted, done=job.is_done)
     label_maps = [
-        target
-        for (_, target), result in zip(own_pairs, results, strict=True)
+        image.label
+        for image, result in zip(own, results, strict=True)
         if not isinstance(result, Failure)
     ]
-    seconds = time.perf_counter() - began
+    notes = [NOT_KEPT_APART] if wanted.objects and not predictor.has_objects else []
+    if any(image.page is not None for image in images):
+        notes += _describe_pages(images)
     computed_by = ", ".join(dict.fromkeys(runtime.name for runtime in predictor.runtimes))
     return Outcome(
         label_maps,
         results.count(True),
         failed,
-        len(own_pairs),
-        seconds,
+        len(own),
+        time.perf_counter() - began,
         found.left_out,
         computed_by,
-        [path for path, _ in own_pairs if path in job.unlike],
-        (NOT_KEPT_APART,) if wanted.objects and not predictor.has_objects else (),
+        [image.image.with_name(image.name) for image in own if image in job.unlike],
+        tuple(notes),
     )
 
 
 def _label_all(
-    job: Job, pairs: Sequence[tuple[Path, Path]], progress: CountProgress
+    job: Job, images: Sequence[LabelledImage], progress: CountProgress
 ) -> list[bool | Failure]:
     """Label images on all cores; each result is that of :meth:`Job.label`."""
     out = job.out
@@ -344,34 +345,93 @@ def _label_all(
         clear_drafts(folder)
     results: list[bool | Failure] = []
     with _torch_threads(1):
-        for result in in_parallel(lambda pair: job.label(*pair), pairs, job.threads + 2):
+        for result in in_parallel(job.label, images, job.threads + 2):
             results.append(result)
-            progress(len(results), len(pairs))
+            progress(len(results), len(images))
     return results
 
 
 def plan_outputs(
-    images: Sequence[Path], out: Path, wanted: OutputOptions
-) -> list[tuple[Path, Path]]:
-    """Find the label maps of images, and refuse to replace what useg did not write.
+    paths: Sequence[Path], out: Path, wanted: OutputOptions, num_bands: int = 1
+) -> list[LabelledImage]:
+    """List the images of files, for a model of ``num_bands`` bands, with their label maps.
 
     Raises:
-        DataError: The job would replace its own images or files that useg did not write.
+        DataError: Two images would have one label map, or the job would replace its own images or
+            files that useg did not write.
     """
-    pairs = [(path, label_map_path(path, out, wanted)) for path in images]
-    refuse_same_names(target for _, target in pairs)
+    images: list[LabelledImage] = []
+    for path in paths:
+        target = label_map_path(path, out, wanted)
+        whole = LabelledImage(len(images) + 1, path, target, path.name)
+        is_stack = path.suffix.lower() in STACK_SUFFIXES
+        images += _split_stack(whole, num_bands) if is_stack else [whole]
+    stems: dict[str, Path] = {}
+    for image in images:
+        if (other := stems.setdefault(image.label.stem, image.image)) != image.image:
+            raise DataError(
+                f"{other} and {image.image} would both become {image.label.name}; "
+                f"predict them into different folders"
+            )
+    refuse_same_names(image.label for image in images)
     if out.is_dir():
-        _refuse_overwriting_images(pairs, out)
+        _refuse_overwriting_images(images, out)
         existing = {
             folder: _names_in(folder) for folder in (out, *map(out.joinpath, OUTPUT_FOLDERS))
         }
-        outputs = (output for pair in pairs for output in _list_outputs(pair, out, wanted))
+        outputs = (output for image in images for output in _list_outputs(image, out, wanted))
         refuse_foreign_files(
             (path, is_own)
             for path, is_own in (*list_summaries(out, wanted), *outputs)
             if path.name in existing[path.parent]
         )
-    return pairs
+    return images
+
+
+def _list_pages(path: Path, num_bands: int = 1) -> Sequence[int | None]:
+    """Return the pages of a file to label; None for one image, which may be damaged."""
+    try:
+        return [None] if is_larger_than_memory(path) else list_pages(path, num_bands)
+    except UsageError:
+        return [None]
+
+
+def _split_stack(whole: LabelledImage, num_bands: int) -> list[LabelledImage]:
+    """List the pages of a file, or the file if it is one image."""
+    path, target = whole.image, whole.label
+    pages = _list_pages(path, num_bands)
+    if pages[0] in (None, ALL_PAGES):
+        return [replace(whole, page=pages[0])]
+    images = []
+    for page in range(len(pages)):
+        stem = f"{target.stem}_{page:04d}"
+        label = target.with_name(stem + target.suffix)
+        images.append(LabelledImage(whole.number + page, path, label, stem + path.suffix, page))
+    return images
+
+
+def _describe_pages(images: Sequence[LabelledImage]) -> list[str]:
+    """Say how stacks were read, as images or as bands."""
+    bands = [image.image for image in images if image.page == ALL_PAGES]
+    pages = [image for image in images if image.page not in (None, ALL_PAGES)]
+    stacks = Counter(image.image for image in pages)
+    notes = []
+    if stacks:
+        path, count = next(iter(stacks.items()))
+        are = f"'{path}' is a stack of {count} pages"
+        if len(stacks) > 1:
+            are = f"{len(stacks)} files are stacks, such as '{path}' of {count} pages"
+        notes.append(
+            f"{are}; each page has a label map of its own, {pages[0].label.name} to "
+            f"{pages[count - 1].label.name}"
+        )
+    if bands:
+        others = f"{format_count(len(bands), 'file')}, such as " if len(bands) > 1 else ""
+        notes.append(
+            f"the pages of {others}'{bands[0]}' are the bands of one image, because the model "
+            "takes as many"
+        )
+    return notes
 
 
 def _names_in(folder: Path) -> set[str]:
@@ -379,12 +439,12 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _list_outputs(
-    pair: tuple[Path, Path], out: Path, wanted: OutputOptions
+    image: LabelledImage, out: Path, wanted: OutputOptions
 ) -> list[tuple[Path, Recognizer]]:
     """List the files of an image with what recognises them."""
-    path, target = pair
-    if target == label_path(out, path.stem, wanted):
-        return list_outputs(out, path.stem, wanted)
+    target = image.label
+    if target == label_path(out, target.stem, wanted):
+        return list_outputs(out, target.stem, wanted)
     from useg.inference.scans import is_own_zarr
 
     return [(target, is_own_zarr if target.suffix == ".zarr" else is_own_label_map)]
@@ -405,13 +465,14 @@ def refuse_only_failures(failed: Sequence[Failure], num_images: int, action: str
     )
 
 
-def _refuse_overwriting_images(pairs: Sequence[tuple[Path, Path]], out: Path) -> None:
+def _refuse_overwriting_images(images: Sequence[LabelledImage], out: Path) -> None:
     """Refuse a job whose label maps would replace its own images."""
     existing = set(os.listdir(out))
-    for path, target in pairs:
-        if target.name in existing and target.exists() and target.samefile(path):
+    for image in images:
+        target = image.label
+        if target.name in existing and target.exists() and target.samefile(image.image):
             raise DataError(
-                f"the label map of {path} would overwrite the image itself; "
+                f"the label map of {image.image} would overwrite the image itself; "
                 f"choose another folder for the output"
             )
 
@@ -429,6 +490,7 @@ class Job:
         threads: Number of threads that all cores together run.
         all_cores: Held while one large image is computed with all threads.
         unlike: Images that are unlike the training images, so far.
+        versions: What identifies the content of stacks, which their pages share.
     """
 
     predictor: Predictor
@@ -438,15 +500,17 @@ class Job:
     fingerprint: str
     threads: int
     all_cores: threading.Lock = field(default_factory=threading.Lock)
-    unlike: set[Path] = field(default_factory=set)
+    unlike: set[LabelledImage] = field(default_factory=set)
+    versions: dict[Path, str] = field(default_factory=dict)
 
-    def label(self, path: Path, target: Path) -> bool | Failure:
+    def label(self, image: LabelledImage) -> bool | Failure:
         """Label one image.
 
         Returns:
             Whether its label map existed before, or why there is none.
         """
-        names = [output.name for output, _ in list_outputs(self.out, path.stem, self.wanted)]
+        path, stem = image.image, image.label.stem
+        names = [output.name for output, _ in list_outputs(self.out, stem, self.wanted)]
         if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in names):
             return Failure(
                 path,
@@ -454,34 +518,40 @@ class Job:
             )
         try:
             with clear_errors(str(path)):
-                mark = image_mark(self.fingerprint, path)
-            if not self.overwrite and is_done(target, mark):
+                mark = self._mark(image)
+            if not self.overwrite and is_done(image.label, mark):
                 return True
-            if is_larger_than_memory(path):
-                return _label_in_blocks(self, path, target, mark)
-            page = find_band_pages(path, self.predictor.num_bands)
-            image, missing = read_image_and_missing(path, page=page)
+            if image.page is None and is_larger_than_memory(path):
+                return _label_in_blocks(self, path, image.label, mark)
+            pixels, missing = read_image_and_missing(path, page=image.page)
             place = find_georeference(path)
         except UsageError as error:
-            return Failure(path, str(error))
+            return _failure(image, str(error))
         try:
-            with self._share_cores(image):
-                predicted = label_image(self.predictor, image, self.wanted, missing)
-            if (self.predictor.training_distance(image) or 0.0) > 1:
-                self.unlike.add(path)
+            with self._share_cores(pixels):
+                predicted = label_image(self.predictor, pixels, self.wanted, missing)
+            if (self.predictor.training_distance(pixels) or 0.0) > 1:
+                self.unlike.add(image)
         except UsageError as error:
-            return Failure(path, f"'{path}': {error}")
-        predicted = replace(predicted, place=place, name=path.name)
-        write_outputs(
-            self.out, path.stem, predicted, self.predictor.classes, self.wanted, mark=mark
-        )
+            return _failure(image, f"'{path}': {error}")
+        predicted = replace(predicted, place=place, name=image.name)
+        write_outputs(self.out, stem, predicted, self.predictor.classes, self.wanted, mark=mark)
         return False
 
-    def is_done(self, path: Path, target: Path) -> bool:
+    def is_done(self, image: LabelledImage) -> bool:
         """Whether the label map of an image exists, whichever process wrote it."""
-        if self.fingerprint and path.exists():
-            return is_done(target, image_mark(self.fingerprint, path))
-        return target.exists()
+        if self.fingerprint and image.image.exists():
+            return is_done(image.label, self._mark(image))
+        return image.label.exists()
+
+    def _mark(self, image: LabelledImage) -> str:
+        """Return the text that the label map of an image stores; see :func:`mark_of_version`."""
+        if not self.fingerprint:
+            return ""
+        version = self.versions.get(image.image) or identify_image(image.image)
+        if image.page is not None:
+            self.versions[image.image] = version
+        return mark_of_version(self.fingerprint, image.name, version)
 
     @contextmanager
     def _share_cores(self, image: Image) -> Iterator[None]:
@@ -501,6 +571,11 @@ class Job:
         else:
             with self.all_cores, _torch_threads(self.threads):
                 yield
+
+
+def _failure(image: LabelledImage, reason: str) -> Failure:
+    page = "" if image.page in (None, ALL_PAGES) else f"page {image.page} of "
+    return Failure(image.image, page + reason)
 
 
 def _label_in_blocks(job: Job, path: Path, target: Path, mark: str) -> bool | Failure:

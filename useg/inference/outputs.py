@@ -360,11 +360,6 @@ def model_fingerprint(
     return f"{' '.join(digests)} {augment} {wanted.of_each}"
 
 
-def image_mark(fingerprint: str, path: Path) -> str:
-    """Return the text that the label map of an image stores; see :func:`mark_of_version`."""
-    return mark_of_version(fingerprint, path.name, identify_image(path)) if fingerprint else ""
-
-
 def identify_image(path: Path) -> str:
     """Identify the content of an image.
 

@@ -29,11 +29,11 @@ from useg.parsing import to_cell
 
 def write_summaries(
     out: Path,
-    pairs: Sequence[tuple[Path, Path]],
+    images: Sequence[LabelledImage],
     table: ClassTable,
     wanted: OutputOptions,
     *,
-    done: Callable[[Path, Path], bool] = lambda image, label: label.exists(),
+    done: Callable[[LabelledImage], bool] = lambda image: image.label.exists(),
 ) -> list[Path]:
     """Write ``coco.json``, ``areas.csv`` and ``objects.csv``, as far as ``wanted`` asks for them.
 
@@ -41,8 +41,8 @@ def write_summaries(
 
     Args:
         out: Folder to write into.
-        pairs: All images of the job and their label maps, in the order of the summaries, whichever
-            process makes them. Images without label map are left out.
+        images: All images of the job, in the order of the summaries, whichever process labels
+            them. Images without label map are left out.
         table: The classes.
         wanted: Outputs to write.
         done: Whether the label map of an image exists and belongs to this job.
@@ -53,12 +53,11 @@ def write_summaries(
     Raises:
         UsageError: A file cannot be written, or a label map cannot be read.
     """
-    numbered = [LabelledImage(number, *pair) for number, pair in enumerate(pairs, 1)]
     written: list[LabelledImage] = []
     # One process at a time. It repeats its work if others finished images meanwhile, so the last
     # writer includes all of them, also on a disk without locks.
     with locked_folder(out, wait=True):
-        while (entries := [one for one in numbered if done(one.image, one.label)]) != written:
+        while (entries := [image for image in images if done(image)]) != written:
             folder = out / "objects" if wanted.objects else None
             if wanted.coco:
                 write_coco(out / "coco.json", entries, table, folder)
@@ -67,7 +66,7 @@ def write_summaries(
             if folder:
                 from useg.objects.table import write_objects_csv
 
-                tables = [folder / f"{entry.image.stem}.csv" for entry in entries]
+                tables = [folder / f"{entry.label.stem}.csv" for entry in entries]
                 write_objects_csv(out / "objects.csv", tables)
             if wanted.tool:
                 name, write = TOOL_FILES[wanted.tool]
@@ -93,7 +92,7 @@ def write_coco(
     ]
     sizes = [read_size(entry.label) for entry in entries]
     images = [
-        {"id": e.number, "file_name": e.image.name, "width": w, "height": h}
+        {"id": e.number, "file_name": e.name, "width": w, "height": h}
         for e, (w, h) in zip(entries, sizes, strict=True)
     ]
     background = table.names.index(BACKGROUND) if BACKGROUND in table.names else IGNORE
@@ -144,7 +143,7 @@ def _object_annotations(
     """
     from useg.objects.table import read_object_map, read_object_rows
 
-    stem = entry.image.stem
+    stem = entry.label.stem
     rows = list(read_object_rows(folder / f"{stem}.csv"))
     numbers = read_object_map(folder / f"{stem}.tif")
     ids = {to_cell(name): k for k, name in enumerate(table.names)}
@@ -243,10 +242,10 @@ def write_areas(
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(header)
         for entry, place, counts in zip(entries, places, counted, strict=True):
-            found = count_objects(objects / f"{entry.image.stem}.csv") if objects else {}
+            found = count_objects(objects / f"{entry.label.stem}.csv") if objects else {}
             for name, pixels in zip(table.names, counts.tolist(), strict=True):
                 area = [pixels * place.pixel_area if place else ""] if any(places) else []
                 number = [found.get(to_cell(name), 0)] if objects else []
                 share = f"{pixels / max(1, counts.sum()):.6f}"
-                cells = [to_cell(entry.image.name), to_cell(name), pixels, share]
+                cells = [to_cell(entry.name), to_cell(name), pixels, share]
                 rows.writerow([*cells, *number, *area])

@@ -296,7 +296,7 @@ class LabelSession:
                     continue
                 label = Path(place, f"{k}.png")
                 label.write_bytes(encode_label(folder.read(k)[0], folder.table))
-                entries.append(LabelledImage(len(entries) + 1, Path(image.name), label))
+                entries.append(LabelledImage(len(entries) + 1, Path(image.name), label, image.name))
             write_coco(Path(place, "coco.json"), entries, folder.table)
             return Path(place, "coco.json").read_bytes()
 
