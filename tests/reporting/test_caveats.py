@@ -11,7 +11,7 @@ import pytest
 from made_reporting import make_evaluation, make_split_dataset
 
 from useg.data.dataset import Dataset, Pair
-from useg.reporting.caveats import find_caveats
+from useg.reporting.causes import find_caveats
 from useg.reporting.evaluation import Evaluation
 
 VIDEO = make_split_dataset(["train"] * 8 + ["val"] * 3)

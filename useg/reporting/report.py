@@ -29,8 +29,12 @@ from useg.errors import format_count
 from useg.inference.predictor import Predictor, check_same_split, load
 from useg.machine import CountProgress, describe_machine
 from useg.parsing import printable
-from useg.reporting.causes import add_causes
-from useg.reporting.caveats import find_caveats, is_other_dataset, is_training_dataset
+from useg.reporting.causes import (
+    add_causes,
+    find_caveats,
+    is_other_dataset,
+    is_training_dataset,
+)
 from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
 from useg.reporting.evaluation import Comparison, Evaluation, compare_evaluations
 from useg.reporting.html import choose_gallery, collect_thumbnails, markdown_path, read_gallery
