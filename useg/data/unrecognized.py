@@ -1,0 +1,204 @@
+"""A folder in which no pairs were found -> what it has instead, and what to do about it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from useg.data.pairing import find_photograph_sets, role_of_array
+from useg.errors import UsageError, format_count, join_names
+from useg.folders import list_files, list_subfolders
+from useg.images.files import list_image_files, read_image, read_mask_and_alpha, read_size
+from useg.images.formats import UNREAD_SUFFIXES
+from useg.parsing import open_file
+
+# Image files that are opened if no pairs are found.
+_NUM_TRIED = 3
+# A band of more values is no mask.
+_MAX_FEW_VALUES = 16
+# Of the neighbours in a mask, fewer than that share differ, and in an image so many times more.
+_MAX_PLAIN_CHANGES, _MIN_RATIO_OF_CHANGES = 0.5, 2.0
+_VIDEO_ADVICE = "save the labelled frames as PNG, for example with ffmpeg"
+# What to do with files that useg does not read.
+_ADVICE = {
+    **UNREAD_SUFFIXES,
+    ".nii.gz": UNREAD_SUFFIXES[".nii"],
+    ".zip": "unpack them; if they are ROI sets of ImageJ, save a mask for each image instead",
+    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), _VIDEO_ADVICE),
+}
+_OTHER_SUFFIXES = (*(".json", ".xml", ".txt", ".csv"), *_ADVICE)
+
+# The end of a ZIP file is in its last bytes; at most so many bytes of a list of files are read.
+_ZIP_END_BYTES, _MAX_ZIP_LIST_BYTES = 66_000, 1 << 20
+
+
+def describe_unrecognized(folder: Path) -> str:
+    """Return an error message: what the folder has instead of pairs, and what to do."""
+    others = list_files(folder, _OTHER_SUFFIXES)
+    suffixes = Counter(
+        ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+        for path in others
+    )
+    return (
+        f"'{folder}' has no pairs of image and mask that useg recognises. "
+        f"It has {_list_content(folder, suffixes)}. {_advise(folder, others, suffixes)}"
+    )
+
+
+def _list_content(folder: Path, suffixes: Counter[str]) -> str:
+    """List the images of each sub-folder, those beside them, and the most usual other files."""
+    counts = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
+    loose = sum(path.parent == folder for path in list_image_files(folder))
+    named = [f"{child.name}/ ({format_count(count, 'image')})" for child, count in counts.items()]
+    shown = named[:8]
+    if loose and counts:
+        shown.append(f"{format_count(loose, 'image')} beside them")
+    elif not counts:
+        shown.append(f"{format_count(loose, 'image')} and no sub-folders")
+    shown += [format_count(count, f"{suffix} file") for suffix, count in suffixes.most_common(3)]
+    return ", ".join(shown)
+
+
+def _has_mask_as_fourth_band(path: Path) -> bool:
+    """Return whether an image has a fourth band, or transparency, of two to a few values."""
+    try:
+        alpha = read_mask_and_alpha(path)[1]
+    except UsageError:
+        pixels = read_image(path)
+        alpha = pixels[..., 3] if pixels.shape[2] == 4 else None
+    return alpha is not None and 2 <= len(set(alpha.ravel().tolist())) <= _MAX_FEW_VALUES
+
+
+def _list_arrays(path: Path) -> list[str]:
+    """Return the names of the arrays in a .npz file; none if it is damaged or lists very many."""
+    try:
+        with open_file(path) as file:
+            file.seek(max(0, path.stat().st_size - _ZIP_END_BYTES))
+            # What ends a ZIP file says where the list of its files begins, and how long it is.
+            end = file.read().rpartition(b"PK\5\6")[2]
+            if not 0 < int.from_bytes(end[8:12], "little") <= _MAX_ZIP_LIST_BYTES:
+                return []
+            with zipfile.ZipFile(file) as archive:
+                names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return []
+    return [name.removesuffix(".npy") for name in names if name.removesuffix(".npy").isidentifier()]
+
+
+def _advise_arrays(folder: Path, archives: Sequence[Path]) -> str:
+    """Return lines of Python that turn .npz files into folders that useg reads."""
+    names = _list_arrays(archives[0])
+    roles = {name: role_of_array(name) for name in names}
+    chosen = [[name for name in names if roles[name] == role] for role in ("image", "mask")]
+    if [len(part) for part in chosen] == [1, 1]:
+        image, mask = chosen[0][0], chosen[1][0]
+        save = (
+            f"    for name, place in ({image!r}, 'images'), ({mask!r}, 'masks'):\n"
+            "        target = pathlib.Path('OUT', place, path.stem + '.npy')\n"
+        )
+    else:
+        save = (
+            "    for name in arrays.files:\n"
+            "        target = pathlib.Path('OUT', path.stem, name + '.npy')\n"
+        )
+    listed = f", which has the arrays {join_names(names, 8)}" if names else ""
+    return (
+        f"useg does not read .npz files such as '{archives[0]}'{listed}. It reads .npy files, also "
+        "of many images; these lines of Python write them to the folder OUT:\n"
+        "import numpy, pathlib\n"
+        f"for path in pathlib.Path({str(folder)!r}).rglob('*.npz'):\n"
+        "    arrays = numpy.load(path)\n"
+        f"{save}"
+        "        target.parent.mkdir(parents=True, exist_ok=True)\n"
+        "        numpy.save(target, arrays[name])"
+    )
+
+
+def _find_mask_half(path: Path) -> int | None:
+    """Return which half of a picture alone has plain areas, like a mask: 0 left, 1 right."""
+    pixels = read_image(path)
+    half = pixels.shape[1] // 2
+    if half <= pixels.shape[0] // 2 or pixels.shape[1] % 2:
+        return None
+    changing = [
+        float((part[:, 1:] != part[:, :-1]).any(axis=2).mean())
+        for part in (pixels[:, :half], pixels[:, half:])
+    ]
+    is_plain = [share < _MAX_PLAIN_CHANGES for share in changing]
+    is_clear = max(changing) >= max(_MAX_PLAIN_CHANGES, _MIN_RATIO_OF_CHANGES * min(changing))
+    return is_plain.index(True) if is_clear and any(is_plain) else None
+
+
+def _advise_halves(folder: Path, images: Sequence[Path], half: int) -> str:
+    """Return lines of Python that cut pictures of an image beside its mask, as pix2pix has them."""
+    names = ("masks", "images") if half == 0 else ("images", "masks")
+    colors = ". JPEG has altered colours of masks: list the true ones in OUT/classes.toml with "
+    colors += "by_color = true, and run useg inspect OUT --fix"
+    colors *= images[0].suffix.lower() in (".jpg", ".jpeg")
+    return (
+        f"The {('left', 'right')[half]} half of '{images[0]}' and others has plain areas, like a "
+        "mask beside its image. If so, these lines of Python cut them into the folder OUT"
+        f"{colors}:\n"
+        "import pathlib, PIL.Image\n"
+        f"for path in pathlib.Path({str(folder)!r}).rglob('*{images[0].suffix}'):\n"
+        "    picture = PIL.Image.open(path).convert('RGB')\n"
+        "    half = picture.width // 2\n"
+        f"    for name, left in ({names[0]!r}, 0), ({names[1]!r}, half):\n"
+        f"        place = path.relative_to({str(folder)!r}).with_suffix('.png')\n"
+        "        target = pathlib.Path('OUT', name) / place\n"
+        "        target.parent.mkdir(parents=True, exist_ok=True)\n"
+        "        picture.crop((left, 0, left + half, picture.height)).save(target)"
+    )
+
+
+def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str:
+    """Say what to do with a folder in which no pairs were found.
+
+    Args:
+        folder: The folder.
+        others: Its files that are not images.
+        suffixes: How many files of each suffix are among them.
+    """
+    for suffix, _ in suffixes.most_common():
+        if suffix == ".npz":
+            return _advise_arrays(folder, [path for path in others if path.suffix == suffix])
+        if suffix in _ADVICE:
+            return f"useg does not read {suffix} files: {_ADVICE[suffix]}"
+    images = list_image_files(folder)
+    annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
+    if annotated and not images:
+        return f"Put the images of '{annotated[0]}' there too, or choose the folder that has both."
+    bare = [] if images else list_files(folder, ("",))
+    if len(bare) > 1:
+        return (
+            f"{format_count(len(bare), 'file')} such as '{bare[0]}' have no suffix; "
+            "give them that of their format, such as .png"
+        )
+    for path in images[:_NUM_TRIED]:
+        try:
+            read_size(path)
+        except UsageError as error:
+            return str(error)
+    halves = {_find_mask_half(path) for path in images[:_NUM_TRIED]}
+    if len(images) >= _NUM_TRIED and halves in ({0}, {1}):
+        return _advise_halves(folder, images, 0 if 0 in halves else 1)
+    if images and all(map(_has_mask_as_fourth_band, images[:_NUM_TRIED])):
+        return (
+            f"The fourth band of '{images[0]}' and others, or their transparency, has few values, "
+            "like a mask. If it is the mask, save it as a file of its own, such as masks/a.png, "
+            "and the other bands as images/a.png"
+        )
+    if alike := find_photograph_sets(folder):
+        return (
+            f"The names of {alike} agree, but both look like photographs, and masks have plain "
+            "areas of class ids or of few colours. Turn probabilities or heights into class ids "
+            "first, for example by a threshold"
+        )
+    return (
+        "It recognises images and masks whose names agree, such as images/a.png with "
+        "masks/a.png or a.png with a_mask.png, and annotation files of COCO, CVAT, LabelMe, "
+        "Label Studio, Supervisely, VIA and YOLO. Rename your files, or write their globs as "
+        f"images and masks into {folder / 'dataset.toml'}"
+    )
