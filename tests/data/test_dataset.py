@@ -242,6 +242,52 @@ def test_splits_in_json_of_very_many_keys_or_divisions_are_soon_read(tmp_path, m
     assert split_files.read_split_file(path) == ({}, True)
 
 
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [
+        ('["%s"]', "[]"),
+        ('{"val": ["a"], "train": [%s"b"]}', "1,"),
+        ('{"val": ["a"], "train": [%s"b"]}', "[],"),
+        ('{"val": ["a"], "train": [%s"b"]}', "{},"),
+        ('{%s"val": ["a"], "train": ["b"]}', '"k":0,'),
+    ],
+)
+def test_json_of_very_many_items_lists_no_splits(tmp_path, monkeypatch, content, count):
+    path = tmp_path / "splits.json"
+    path.write_text(content % (count * 20))
+    monkeypatch.setattr(split_files, "_MAX_JSON_ITEMS", 19)
+    monkeypatch.setattr(split_files, "parse_json", lambda _: pytest.fail("it was parsed"))
+    assert split_files.read_split_file(path) == ({}, False)
+    monkeypatch.undo()
+    assert "train" in split_files.read_split_file(path)[0] or count == "[]"
+
+
+def test_of_very_many_records_and_divisions_some_show_what_the_file_is(tmp_path, monkeypatch):
+    path = tmp_path / "splits.json"
+    records = [{"name": f"a{k}", "is_valid": int(k > 90)} for k in range(100)]
+    path.write_text(json.dumps(records))
+    monkeypatch.setattr(split_files, "_NUM_RECORDS_LOOKED_AT", 20)
+    found, _ = split_files.read_split_file(path)
+    assert {split: len(names) for split, names in found.items()} == {"train": 91, "val": 9}
+    path.write_text(json.dumps({str(k): {"a": ["b"]} for k in range(20_000)}))
+    monkeypatch.setattr(split_files, "_MAX_COLUMNS", 3)
+    divide, calls = split_files._divide_content, []
+
+    def count(content, depth=0):
+        calls.append(depth)
+        return divide(content, depth)
+
+    monkeypatch.setattr(split_files, "_divide_content", count)
+    assert split_files.read_split_file(path) == ({}, False)
+    assert len(calls) == 4
+
+
+def test_a_line_longer_than_any_path_names_nothing(monkeypatch):
+    monkeypatch.setattr(official_splits, "find_by_tail", lambda *_: "found")
+    assert official_splits._find_pairs("/" * 10_000, {}, {}) == ("found",)
+    assert official_splits._find_pairs("/" * 10_001, {}, {}) == ()
+
+
 def test_names_in_yaml_splits_are_text(tmp_path):
     (tmp_path / "splits.yaml").write_text("train: [007, 1:30]\nval: [yes, 1e3]\n")
     found, _ = split_files.read_split_file(tmp_path / "splits.yaml")
@@ -312,6 +358,18 @@ def test_tables_of_far_more_rows_than_files_are_no_tables_of_paths(tmp_path, mon
     assert pair_lists._read_table(path, tails) is not None
     monkeypatch.setattr(pair_lists, "_MAX_ROWS_PER_FILE", 0)
     assert pair_lists._read_table(path, tails) is None
+
+
+def test_json_lines_of_very_many_keys_are_no_tables_of_paths(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    tails = {f"{name}.png": {Path(f"{name}.png")} for name in "abcd"}
+    for num_keys in (48, 49):
+        extra = "".join(f', "k{k}": ""' for k in range(num_keys))
+        path.write_text(
+            f'{{"image": "a.png", "mask": "b.png"{extra}}}\n{{"image": "c.png", "mask": "d.png"}}\n'
+        )
+        # Each line gets a cell for each key of the first: 1 MB took minutes.
+        assert (pair_lists._read_table(path, tails) is not None) == (num_keys == 48)
 
 
 def test_a_path_of_very_many_parts_is_compared_by_its_end():

@@ -30,6 +30,8 @@ _NEUTRAL_WORDS = frozenset(
     (*IMAGE_WORDS, *MASK_WORDS, "data", "dataset", "set", "split", "part", "stage", "task", "fold")
 )
 _MAX_LIST_BYTES = 50_000_000
+# Names longer than a path and its mask's name no file.
+_MAX_NAME_LENGTH = 10_000
 _MAX_NAMED = 3
 _MAX_FILES_OF_A_SUFFIX = 20
 _FOLD_NAME = re.compile(r"(?<![a-z])k?folds?(?![a-z])|(cv|split|partition)[_ -]?[0-9]")
@@ -225,7 +227,11 @@ def _describe_unused_lists(
     for kind, reason in (
         ("folds", f"not used: there are several folds or splits, and useg takes {taken}"),
         ("unread", "no official splits, since useg does not read such files"),
-        ("unknown", "no official splits, since too few of their lines name an image with a mask"),
+        (
+            "unknown",
+            "no official splits, since too few of their lines name an image with a mask, or they "
+            "are too large",
+        ),
     ):
         if kinds[kind]:
             more = len(kinds[kind]) - _MAX_NAMED
@@ -307,6 +313,8 @@ def _find_pairs(
     line: str, names: Mapping[str, set[Pair]], folders: Mapping[str, tuple[Pair, ...]]
 ) -> tuple[Pair, ...]:
     """Return the pair that a line names, or all pairs of the folder that it names."""
+    if len(line) > _MAX_NAME_LENGTH:
+        return ()
     for cell in dict.fromkeys((line, *re.split(r"[,;\t ]+", line, maxsplit=2)[:2])):
         parts = [part for part in cell.strip("\"'").replace("\\", "/").split("/") if part]
         if (found := find_by_tail(parts, names)) is not None:

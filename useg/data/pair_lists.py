@@ -25,6 +25,8 @@ _JSON_SUFFIXES = (".jsonl", ".ndjson", ".manifest")
 _LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", *_JSON_SUFFIXES)
 # Cells are counted before they are read: each takes some 60 bytes more than its text.
 _MAX_LIST_BYTES, _MAX_CELLS = 50_000_000, 4_000_000
+# Each line of JSON lines gets a cell for each key of the first line.
+_MAX_KEYS = 50
 # Most rows name files that are there, so there are not many more rows than files.
 _MAX_ROWS, _MAX_ROWS_PER_FILE = 100_000, 10
 # Rows that show which columns name files, and the share of them that must name files.
@@ -136,13 +138,19 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
 
 
 def _split_json(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the keys of the first line's texts, and then the texts of every line."""
+    """Yield the keys of the first line's texts, and then the texts of every line.
+
+    Raises:
+        ValueError: A line is not JSON, or the first line has very many texts.
+    """
     keys: list[str] = []
     for line in lines:
         content = parse_json(line) if line.strip() else None
         if isinstance(content, dict):
             if not keys:
                 keys = [key for key, value in content.items() if isinstance(value, str)]
+                if len(keys) > _MAX_KEYS:
+                    raise ValueError(f"its first line has {len(keys):,} texts")
                 yield keys
             yield [str(content.get(key, "")) for key in keys]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from useg.data.dataset import SPLIT_FOLDERS, SPLITS, Dataset, Pair, pair_name
+from useg.data.dataset import SPLIT_FOLDERS, SPLITS, Dataset, Pair, pair_name, pick_evenly
 from useg.data.names import split_folder
 from useg.errors import DataError
 from useg.files import replacing
@@ -44,17 +44,18 @@ _LIST_WORDS = frozenset(
 _SPLIT_WORDS = frozenset(
     ["split", "splits", "partition", "partitions", "subset", "subsets", "fold", "folds", "kfold"]
 )
-_MAX_LIST_BYTES = 50_000_000
+# A JSON list may name as many images, or half as many with two values each.
+_MAX_LIST_BYTES, _MAX_JSON_ITEMS = 50_000_000, 2_000_000
 # A line for each of a million images.
 _MAX_CSV_BYTES, _MAX_ROWS = 256 << 20, 1_000_000
 _MAX_LINE_LENGTH = 1_000_000
 # Without libyaml, PyYAML reads a megabyte in ten seconds.
 _MAX_YAML_BYTES = 150_000
-# Columns of a table of splits, and cells of one in JSON.
+# Columns of a table of splits, or divisions in one file; and cells of a table in JSON.
 _MAX_COLUMNS, _MAX_CELLS = 1000, 4_000_000
 _MAX_SHOWN_LENGTH = 200
-# The beginning of a table shows whether it has splits.
-_BEGINNING_BYTES = 1 << 16
+# The beginning of a table, or some records in JSON, show whether there are splits.
+_BEGINNING_BYTES, _NUM_RECORDS_LOOKED_AT = 1 << 16, 10_000
 # Columns of a table of splits; the values of some say by 1 and 0 whether an image is in a split.
 _IMAGE_COLUMNS = frozenset(
     [
@@ -90,8 +91,10 @@ def read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
             text = decode_text(read_limited(path, _MAX_YAML_BYTES))
             return _divide_content(parse_yaml(text))
         if suffix == ".json" and (has_word or _begins_with_splits(path)):
-            content = parse_json(decode_text(read_limited(path, _MAX_LIST_BYTES)))
-            split = split_of_list(path.stem)
+            text = decode_text(read_limited(path, _MAX_LIST_BYTES))
+            if max(map(text.count, "[{,:")) > _MAX_JSON_ITEMS:
+                raise ValueError("it has very many items, which take far more memory than text")
+            content, split = parse_json(text), split_of_list(path.stem)
             return _divide_content({split: content} if split else content)
     return {}, False
 
@@ -238,6 +241,12 @@ def _name_in_list(item: Any) -> str:
     return str(item) if isinstance(item, str | int) else ""
 
 
+def _rows_of_records(
+    records: Iterable[Mapping[str, Any]], keys: Iterable[str]
+) -> Iterator[list[str]]:
+    return ([str(each.get(key, "")) for key in keys] for each in records)
+
+
 def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]], bool]:
     """Return the images of each split in JSON or YAML, and whether it has several divisions."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -245,11 +254,12 @@ def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]],
         keys = [key for key, value in content[0].items() if not isinstance(value, dict | list)]
         if len(keys) > min(_MAX_COLUMNS, _MAX_CELLS // len(content)):
             return found, False
-        records = (each for each in content if isinstance(each, dict))
-        rows = [[str(each.get(key, "")) for key in keys] for each in records]
-        columns = _find_split_columns([[str(key) for key in keys], *rows])
+        records = [each for each in content if isinstance(each, dict)]
+        rows = _rows_of_records(pick_evenly(records, _NUM_RECORDS_LOOKED_AT), keys)
+        columns = _find_split_columns([list(map(str, keys)), *rows])
         if columns is not None:
-            return columns.divide([[], *rows]), columns.has_folds
+            rows = _rows_of_records(records, keys)
+            return columns.divide(itertools.chain([[]], rows)), columns.has_folds
     for name, value in content.items() if isinstance(content, dict) else ():
         if isinstance(value, list) and (split := SPLIT_FOLDERS.get(str(name).casefold())):
             found[split] += filter(None, map(_name_in_list, value))
@@ -258,7 +268,7 @@ def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]],
     if found or depth > 0 or not isinstance(content, dict | list):
         return found, False
     inner = content.values() if isinstance(content, dict) else content
-    parts = (_divide_content(part, 1)[0] for part in inner)
+    parts = (_divide_content(part, 1)[0] for part in itertools.islice(inner, _MAX_COLUMNS))
     divisions = list(itertools.islice((each for each in parts if len(each) > 1), 2))
     return (divisions[0], False) if len(divisions) == 1 else ({}, len(divisions) > 1)
 
