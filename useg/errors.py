@@ -21,7 +21,7 @@ from typing import TypeVar
 
 Option = TypeVar("Option")
 
-# Of a long list, so many names are written out in a sentence.
+# A sentence writes out at most this many names of a list.
 MAX_NAMES = 6
 
 

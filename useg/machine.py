@@ -43,7 +43,7 @@ def tune() -> None:
     The command line calls it. It sets three things:
 
     Threads that wait for each other spin for a millisecond by default. On a busy machine they are
-    set to sleep almost at once: beside one other busy process on two cores, a U-Net trains at 2.0
+    set to sleep almost at once: with one other busy process on two cores, a U-Net trains at 2.0
     images/s if threads spin and at 5.6 if they sleep. On an idle machine they keep spinning, which
     is a sixth faster (22.6 against 18.7 images/s, the course's network).
 

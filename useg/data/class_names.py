@@ -503,7 +503,7 @@ def _find_ids(
 
 
 def _fit_listed_ids(table: ClassTable, named: NamedClasses) -> list[int] | None:
-    """Return the ids of a file if the masks have no others beside 0."""
+    """Return the ids of a file if the masks have no others except 0."""
     used, ids = set(table.values), [each.id or 0 for each in named.classes]
     if used - {0} <= set(ids) and min(ids) >= 0 and max(ids) < 1 << 16:
         return ids
@@ -532,7 +532,7 @@ def _fit_palette(
 
 
 def _fit_order(table: ClassTable, named: NamedClasses) -> list[int] | None:
-    """Return values in the order of a file: from 0 on, or from 1 on beside a background."""
+    """Return values in the order of a file: from 0 on, or from 1 on if 0 is background."""
     used, number = set(table.values), len(named.classes)
     if len(used) == 2 and number in (1, 2) and max(used) > 1:
         return sorted(used)[-number:]

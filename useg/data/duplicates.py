@@ -68,15 +68,17 @@ ORIENTATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "mirrored top to bottom": lambda pixels: pixels[..., ::-1, :],
 }
 
-# Landmarks are patches of this side, one of 64 of all; so many are kept, with the lowest hashes.
+# Landmarks are patches of this side, one of 64 of all. At most this many, with the lowest hashes,
+# are kept.
 _LANDMARK_SIDE = 8
 _NUM_LANDMARKS = 256
 # Patches with a smaller range of values, such as parts of a plain area, are no landmarks.
 _MIN_LANDMARK_RANGE = 12
-# Two images overlap if so many landmarks, and this share of those of the smaller part, agree in one
-# displacement. Patches that more images share are logos or the like.
+# Two images overlap if at least this many landmarks, and this share of those in the smaller
+# overlap, agree in one displacement.
 _MIN_SHARED_LANDMARKS = 8
 _MIN_SHARED_SHARE = 0.25
+# Patches that more images share are logos or the like.
 _MAX_SHARING_IMAGES = 16
 # Odd weights of eight neighbours, whose sum is 0 (mod 256), so that no plain row is chosen.
 _ROW_WEIGHTS = (37, 91, 173, 57, 203, 121, 231, 111)

@@ -60,29 +60,32 @@ _UNCLEAR_OBJECTS = (
     "values number objects, set objects = true in dataset.toml, otherwise ignore this note"
 )
 
-# A border takes part in this share of all changes of the code, and is at most so wide.
+# A border takes part in this share of all changes of the code, and is at most this many pixels
+# wide.
 _MIN_BORDER_SHARE = 0.98
 _MAX_BORDER_WIDTH = 6
 _MAX_BORDERED_CODES = 64
 
-# Instance ids are a class times this factor, plus a number. Numbers of one class that follow each
-# other span at most so many times their count.
+# Instance ids are a class times this factor, plus a number.
 _CLASS_FACTOR = 1000
+# The numbers of one class are consecutive if they span at most this many times their count.
 _MAX_NUMBER_GAPS = 1.5
 # Channels up to this are ids; those of colours are spread over 0 to 255.
 _MAX_RED_ID = 40
-# Masks whose values are looked at for that, and pixels of most numbers in each.
+# Number of masks in which numbers of objects are sought, and least pixels of most numbers in each.
 _NUM_MASKS_OF_NUMBERS = 8
 _MIN_NUMBERED_PIXELS = 16
 
-# Values up to this may only tell neighbours apart. So many regions show whether they look alike:
-# the variance between values is at most so many times what it would be by chance.
+# Values up to this may only distinguish neighbouring objects. If so, the regions of all values are
+# alike. At least this many regions are compared.
 _MAX_NEIGHBOUR_VALUE = 8
 _MIN_REGIONS_ALIKE = 40
 # With numbers of objects that may be classes, fewer regions suffice, and their places are known to
 # differ.
 _MIN_COUNTED_REGIONS_ALIKE = 16
 _MAX_REGIONS_OF_MASK = 60
+# Regions are alike if the variance between values is at most this many times that expected by
+# chance.
 _MAX_VARIANCE_RATIO = 6.0
 
 # Cut-outs have nearly the colours of the image at this share of their pixels; JPEG changes some.
@@ -358,7 +361,7 @@ def find_scale(headers: Iterable[MaskHeader]) -> int:
 def _describe_possible_numbers(
     judgement: str, masks: Iterable[DecodedMask], pairs: Sequence[Pair]
 ) -> list[str]:
-    """Say that values may only tell neighbours apart, if their regions look alike.
+    """Say that values may only distinguish neighbouring objects, if their regions are alike.
 
     Raises:
         DataError: Values hold a class and the number of an object in one.
@@ -483,7 +486,7 @@ def number_objects(masks: Iterable[CodeMap]) -> bool:
 def _classify_values(masks: Iterable[CodeMap]) -> str:
     """Return ``objects`` if values number objects, ``unclear`` if they may, otherwise ``classes``.
 
-    If they are numbers of objects beside a class each, such as 2001 and 2002, it is ``both``.
+    If each has a class and the number of an object, such as 2001 and 2002, it is ``both``.
 
     In nearly every mask each value but 0 is one connected region. That also holds for the parts of
     a body, so the values must be numbers as well: 1 to n where n differs from mask to mask; or

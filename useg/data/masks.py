@@ -54,13 +54,13 @@ from useg.data.schemes import (
 from useg.errors import DataError, UsageError, format_count, join_names
 from useg.machine import in_parallel
 
-# An id this high beside usual ones may not be a class.
+# An id this high among usual ones may not be a class.
 _MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
 
 # Most values that a message lists.
 _MAX_LISTED = 8
 
-# In at least so many masks, at least so many colours may number objects.
+# Colours may number objects if there are at least this many masks and this many colours.
 _MIN_MASKS_OF_NUMBERS, _MIN_NUMBERS = 4, 8
 _COLORS_MAY_NUMBER = (
     "most colours occur in one mask only, so they may number objects; if so, save masks of "
@@ -143,7 +143,7 @@ def decide_classes(
     """Derive the class table from the content of all masks.
 
     Colours become classes by colour. A palette gives ids their colours. Two values, such as 0 and
-    255, become background and foreground. 255 beside ids is ignored, and so are negative numbers
+    255, become background and foreground. 255 among ids is ignored, and so are negative numbers
     and values that the files call no data. Otherwise the values are the class ids.
 
     Colours and grey levels that only smoothing or JPEG made, codes that a few masks use instead of

@@ -62,8 +62,9 @@ _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "vo
 
 _NUM_NAMED = 3
 
-# What arrays are called in Python, and at most so many of them.
-_ARRAY_ROLES, _MAX_ARRAYS = {"x": "image", "y": "mask"}, 64
+# Usual names of arrays in Python.
+_ARRAY_ROLES = {"x": "image", "y": "mask"}
+_MAX_ARRAYS = 64
 
 
 @dataclass(frozen=True)

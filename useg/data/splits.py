@@ -338,7 +338,7 @@ def _cut_sequence(count: int, holdout: float) -> list[str]:
 
 
 def gap_length(count: int) -> int:
-    """Return how many of so many frames lie between training and held-out ones: 5 %, 1 to 10."""
+    """Return how many of ``count`` frames the gap next to held-out ones has: 5 %, from 1 to 10."""
     return max(1, min(10, round(count * 0.05)))
 
 

@@ -37,9 +37,11 @@ _FOLLOWS = 0.995
 # Scribbles cover less than this share of what the finished masks cover, and agree with them there.
 _PARTIAL_AREA = 0.6
 _PARTIAL_AGREEMENT = 0.97
-# Masks whose values follow from each other in this share of the points have the same classes. One
-# of them is chosen if it fits the edges of every one of so many images so many times better.
+# Sets of masks whose values follow from each other at this share of the points have the same
+# classes.
 _ALIKE = 0.7
+# One of them is chosen if there are at least this many images, and if it fits the edges of each one
+# better by this factor.
 _MIN_EDGE_IMAGES = 4
 _MIN_EDGE_GAIN = 1.05
 # Of large images only the middle is compared.

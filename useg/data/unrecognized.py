@@ -18,7 +18,8 @@ from useg.parsing import open_file
 _NUM_TRIED = 3
 # A band of more values is no mask.
 _MAX_FEW_VALUES = 16
-# Of the neighbours in a mask, fewer than that share differ, and in an image so many times more.
+# In a mask, a smaller share than this of the neighbouring pixels differ; in an image, the share is
+# larger by this factor.
 _MAX_PLAIN_CHANGES, _MIN_RATIO_OF_CHANGES = 0.5, 2.0
 _VIDEO_ADVICE = "save the labelled frames as PNG, for example with ffmpeg"
 # What to do with files that useg does not read.
@@ -30,7 +31,7 @@ _ADVICE = {
 }
 _OTHER_SUFFIXES = (*(".json", ".xml", ".txt", ".csv"), *_ADVICE)
 
-# The end of a ZIP file is in its last bytes; at most so many bytes of a list of files are read.
+# The end of a ZIP file is in its last bytes; the list of its files has at most this many bytes.
 _ZIP_END_BYTES, _MAX_ZIP_LIST_BYTES = 66_000, 1 << 20
 
 

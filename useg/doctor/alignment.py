@@ -46,37 +46,41 @@ MAX_SUSPECTS = 24
 # An alignment is significant from this many standard deviations on.
 MIN_Z_SCORE = 4.0
 
-# All masks have another place or scale if half of them choose it, and the others, at least so many,
-# show that the edges are stronger there: by so much, in that share of them, with that t-statistic.
-# It differs by at least this factor, or that part of the width, and there the masks align
-# significantly. It is tried only if they align worse than that as they are.
-_MIN_PLACED_MASKS, _MIN_PLACED_T = 4, 5.0
-_MIN_PLACED_GAIN, _MIN_PLACED_MASKS_SHARE = 0.05, 0.85
+# All masks have another place or scale if half of them choose it, and if the other half, at least
+# this many, prove it: there the edges are stronger by this much on average, in this share of the
+# masks, with this t-statistic.
+_MIN_PLACED_MASKS = 4
+_MIN_PLACED_GAIN, _MIN_PLACED_MASKS_SHARE, _MIN_PLACED_T = 0.05, 0.85, 5.0
+# Its scale differs from 1 by at least this factor, or its place by this share of the width.
 _MIN_SCALE, _MIN_SHIFT = 1.04, 0.015
+# Masks that align better than this as they are need no other place.
 _MAX_Z_SCORE_AS_THEY_ARE = 5.0
-# Where a small shift helps, too, another placement must be more significant by so much.
+# Where a small shift helps too, another placement must have a z-score that is higher by this much.
 _MIN_MORE_THAN_SHIFT = 1.5
 
-# A scale up to this factor may as well be outlines that are drawn too wide or too narrow, if so
-# many boundaries have the most frequent class outside, as around single objects in the middle.
+# A scale up to this factor may also mean outlines that are drawn too wide or too narrow, if this
+# share of the boundaries has the most frequent class outside, as around single objects.
 _MAX_SCALE_OF_OUTLINES, _MIN_ENCLOSURE = 1.25, 0.8
 
-# Masks fit no images in particular if, over so many of them, their own image's edges exceed those
-# of so many others by fewer standard deviations. On seven public data sets it is 6.9 and more, and
-# at most 3.1, usually 1, when their masks are exchanged.
+# Masks match no image in particular if the edges of their own images are not stronger than those of
+# other images. At least this many masks are compared, each with this many other images, and the
+# z-score of the difference is lower than this. On seven public data sets it is 6.9 or more, and
+# with exchanged masks at most 3.1, usually 1.
 _MIN_COMPARED_MASKS = 8
 _NUM_OTHER_IMAGES = 3
 _MIN_OWN_Z_SCORE = 3.0
 
-# Two numbers at the end of a name, as of a tile's row and column. If masks fit the tile with these
-# exchanged, its edges are that many times stronger than those of their own tile.
+# Two numbers at the end of a name, such as the row and the column of a tile.
 _TWO_LAST_NUMBERS = re.compile(r"([0-9]+)([^0-9]+)([0-9]+)([^0-9]*)$")
+# Rows and columns are exchanged if the edges of the tile with exchanged numbers are stronger than
+# those of the mask's own tile by this factor.
 _MIN_TILE_GAIN = 2.0
 
-# Their images are searched among so many, or as many as have so many pixels together. A mask fits
-# the best of them from so many standard deviations on.
+# The right image of a mask is searched among this many images, or fewer large ones, which have this
+# many pixels together.
 _MAX_SEARCHED_IMAGES = 256
 _MAX_SEARCHED_PIXELS = 200_000_000
+# It is found if its z-score is at least this.
 _MIN_FOUND_Z_SCORE = 6.0
 
 

@@ -26,36 +26,47 @@ from useg.doctor.measure import (
 from useg.errors import format_count
 from useg.folders import natural_key
 
-# With fewer images, it is not known how classes usually look; more are not compared, and no more
-# classes than these. Each is compared in so many bands of rows of the image. A cell's brightness
-# has so many levels.
+# With fewer images, in all or in a folder or split, the usual appearance of the classes is unknown.
 _MIN_IMAGES_OF_APPEARANCE, _MIN_IMAGES_OF_GROUP = 12, 3
+# At most this many images and classes are compared.
 _MAX_IMAGES_OF_APPEARANCE, _MAX_CLASSES_OF_APPEARANCE = 2000, 16
+# Each class is compared in this many bands of rows, and at this many levels of brightness.
 _NUM_BANDS, _NUM_TONES = 6, 8
-# Classes count in a band if the other images have so many cells of them there. The log-likelihood
-# that a cell gains or loses is at most this.
-_MIN_COMPARED_CELLS, _MAX_GAIN_OF_CELL = 24, 3.0
+# A class is compared in a band if the other images have at least this many of its cells there.
+_MIN_COMPARED_CELLS = 24
+# A cell gains or loses at most this much log-likelihood.
+_MAX_GAIN_OF_CELL = 3.0
 _MAX_ROUNDS_OF_APPEARANCE = 10
-# A negative gains at least so much a cell, and this share of what the others would lose. No more
-# than a part of the images may lose less than a quarter of that.
+
+# A negative gains at least this much log-likelihood per cell, and at least this share of the median
+# loss of the images that are no negatives.
 _MIN_GAIN_OF_NEGATIVE, _MIN_GAIN_SHARE = 0.35, 0.7
+# An image that loses less than this share of the median is unclear. If more than this share of all
+# images is unclear, none is reported.
 _UNCLEAR_GAIN_SHARE, _MAX_UNCLEAR_IMAGES = 0.25, 0.25
-# The images of a folder have red and blue exchanged if so many of them, and hardly any others, gain
-# by an exchange, and on average half as much as the others would lose.
+
+# The images of a folder or split have red and blue exchanged if the others would lose at least this
+# much log-likelihood per cell by an exchange, if the images gain this share of it, ...
 _MIN_GAIN_OF_EXCHANGE, _MIN_EXCHANGE_SHARE = 0.25, 0.5
+# ... if at least this share of the images gains, and at most this share of the others.
 _MIN_GAINING_IMAGES, _MAX_GAINING_OTHERS = 0.65, 0.2
 
-# A class may not have been drawn in so many images, one after the other or in one folder, if at
-# least so many others, and that share of them, have it, with so many cells.
+# A class may be undrawn in a series of images (the first, the last, or those of a folder) if it is
+# missing in all of them, which are at least this many and this share of all images, ...
 _MIN_IMAGES_WITHOUT, _MIN_SHARE_WITHOUT = 5, 0.15
+# ... and if at least this many others, and this share of the others, have it, in this many cells.
 _MIN_IMAGES_WITH, _MIN_SHARE_WITH, _MIN_CELLS_OF_CLASS = 5, 0.5, 60
-# It is worth a note if they are so many, and that share of the others has the class.
+# The series alone is worth a note if it has this share of all images, and this share of the others
+# has the class.
 _MIN_STRIKING_SHARE, _MIN_STRIKING_SHARE_WITH = 0.25, 0.8
-# Cells look like a class by brightness, tint and band of rows, in so many levels. So much of a
-# class is recognised that way at least, and the images without it show as much of what the others
-# do, with that t-statistic.
+# The appearance of a cell is its tint, its brightness in this many levels, and its band of rows,
+# one of this many.
 _NUM_GREYS, _NUM_THIRDS = 8, 3
-_MIN_RECOGNISED, _MIN_SHOWN, _MIN_T_OF_SHOWN = 0.3, 0.5, 5.0
+# A class is recognised by appearance if this share of its cells is.
+_MIN_RECOGNISED = 0.3
+# The series shows an undrawn class if it shows this share of what the others have, with this
+# t-statistic.
+_MIN_SHOWN, _MIN_T_OF_SHOWN = 0.5, 5.0
 
 
 def find_negative_images(data: MeasuredDataset) -> tuple[Measurement, ...]:
@@ -73,8 +84,8 @@ def find_negative_images(data: MeasuredDataset) -> tuple[Measurement, ...]:
     counts = _count_tones(data, images, levels, _NUM_TONES)
     is_negative = np.zeros(len(images), bool)
     for _ in range(_MAX_ROUNDS_OF_APPEARANCE):
-        looks = np.where(is_negative[:, None, None], counts[..., ::-1], counts)
-        gains = _gain_by_change(looks, looks.sum(0) - looks, np.arange(_NUM_TONES)[::-1])
+        turned = np.where(is_negative[:, None, None], counts[..., ::-1], counts)
+        gains = _gain_by_change(turned, turned.sum(0) - turned, np.arange(_NUM_TONES)[::-1])
         if not (gains > 0).any():
             break
         is_negative ^= gains > 0
@@ -85,17 +96,17 @@ def find_negative_images(data: MeasuredDataset) -> tuple[Measurement, ...]:
     if usual < _MIN_GAIN_OF_NEGATIVE or is_unclear.mean() > _MAX_UNCLEAR_IMAGES:
         return ()
     is_clear = is_negative & (-gains >= max(_MIN_GAIN_SHARE * usual, _MIN_GAIN_OF_NEGATIVE))
-    looks = np.where(is_negative[:, None, None], counts[..., ::-1], counts)
-    total = looks.sum(0)
+    turned = np.where(is_negative[:, None, None], counts[..., ::-1], counts)
+    total = turned.sum(0)
     return tuple(
         images[k]
         for k in np.flatnonzero(is_clear)
-        if not _may_be_exchanged_classes(counts[k], total - looks[k])
+        if not _may_be_exchanged_classes(counts[k], total - turned[k])
     )
 
 
 def _may_be_exchanged_classes(own: NDArray[np.float32], others: NDArray[np.float32]) -> bool:
-    """Whether two exchanged classes explain the looks of an image at least as well as a negative.
+    """Whether two exchanged classes explain an image at least as well as a negative.
 
     Args:
         own, others: the cells of the image and of the others, from :func:`_count_tones`.
@@ -225,7 +236,7 @@ def _gain_by_change(
 
 
 def check_undrawn_classes(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find classes that a series of images lacks although they show what looks like them."""
+    """Find classes that a series of images lacks, although the images seem to show them."""
     images = pick_evenly(data.complete, _MAX_IMAGES_OF_APPEARANCE)
     if len(images) < _MIN_IMAGES_WITHOUT + _MIN_IMAGES_WITH or len(data.dataset.classes) < 2:
         return
@@ -308,7 +319,7 @@ def _find_series_without(
 def _describe_cells(
     data: MeasuredDataset, images: Sequence[Measurement]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the class of each cell, or -1, and its look ``(N, cells)``."""
+    """Return the class of each cell, or -1, and the number of its appearance ``(N, cells)``."""
     num_classes, num_tints = len(data.dataset.classes), (len(TINT_LIMITS) + 1) ** 2
     rows, columns = THUMBNAIL_SHAPE
     thirds = np.repeat(np.arange(rows) * _NUM_THIRDS // rows, columns).reshape(THUMBNAIL_SHAPE)
@@ -316,38 +327,38 @@ def _describe_cells(
     limits = np.quantile(greys, np.arange(1, _NUM_GREYS) / _NUM_GREYS)
     levels = np.searchsorted(limits, greys)
     classes = np.full((len(images), rows * columns), -1)
-    looks = np.zeros((len(images), rows * columns), np.int64)
+    appearance = np.zeros((len(images), rows * columns), np.int64)
     for n, each in enumerate(images):
         assert each.image is not None
         assert each.mask is not None
         ids = data.ids(each.mask.code_grid).ravel()
         classes[n] = np.where(ids < num_classes, ids, -1)
         tints = 0 if each.image.tints is None else each.image.tints.astype(np.int64)
-        looks[n] = ((thirds * _NUM_GREYS + levels[n]) * num_tints + tints).ravel()
-    return classes, looks
+        appearance[n] = ((thirds * _NUM_GREYS + levels[n]) * num_tints + tints).ravel()
+    return classes, appearance
 
 
 def _find_undrawn(
-    classes: NDArray[np.int64], looks: NDArray[np.int64], k: int, lacks: NDArray[np.bool_]
+    classes: NDArray[np.int64], appearance: NDArray[np.int64], k: int, lacks: NDArray[np.bool_]
 ) -> int | None:
     """Return which class cells have instead of ``k`` in images that lack it; None if none do.
 
-    The others are divided into halves: one tells which looks are those of the class, and the other
-    how many of its cells are recognised by them, and how many other cells are mistaken for it.
+    The others are divided into halves: one shows how the class appears, and the other
+    how many of its cells are recognised by that, and how many other cells are mistaken for it.
     """
     others = np.flatnonzero(~lacks)
     num_of_class = (classes[others] == k).sum()
     if num_of_class < _MIN_CELLS_OF_CLASS:
         return None
-    num_looks = int(looks.max()) + 1
+    num_appearances = int(appearance.max()) + 1
     recognised, mistaken = 0.0, np.zeros(len(classes))
     shown = np.zeros(classes.shape)
     for half in (0, 1):
         known, tested = others[half::2], others[1 - half :: 2]
         is_known = classes[known] >= 0
-        total = np.bincount(looks[known][is_known], minlength=num_looks)
-        of_class = np.bincount(looks[known][classes[known] == k], minlength=num_looks)
-        share = (of_class / (total + 2.0))[looks]
+        total = np.bincount(appearance[known][is_known], minlength=num_appearances)
+        of_class = np.bincount(appearance[known][classes[known] == k], minlength=num_appearances)
+        share = (of_class / (total + 2.0))[appearance]
         recognised += float(share[tested][classes[tested] == k].sum())
         is_other = (classes >= 0) & (classes != k)
         mistaken[tested] = (share * is_other)[tested].sum(1)

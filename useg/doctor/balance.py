@@ -26,24 +26,29 @@ MAX_RARE_SHARE = 0.005
 # With fewer images per split, a difference is not significant.
 _MIN_IMAGES_PER_SPLIT = 5
 
-# Splits differ in colour if so many images of each do, and their shares of grey images by so much.
+# Splits differ in colour if each has at least this many images, and if their shares of grey images
+# differ by at least this much.
 _MIN_IMAGES_OF_COLOR, _MIN_GREY_DIFFERENCE = 3, 0.5
 
 # With fewer masks, it is not known that most have several classes.
 _MIN_MASKS = 8
 
-# A split has images of another size if nearly all are so many times smaller or larger than nearly
-# all for training.
+# The sizes of two splits differ if this share of the one is smaller by this factor than this share
+# of the other.
 _MIN_SIZE_RATIO, _USUAL_SHARE = 1.5, 0.9
 
-# Masks have a frame if so many end at the same distance from the border, which is so many pixels or
-# that share of the shorter side at most, and where that share is cut off at two sides.
-_MIN_FRAMED, _MIN_CUT = 0.5, 0.05
+# Masks have a frame if all have one, and if this share of them has the smallest width.
+_MIN_FRAMED = 0.5
+# A frame is at most this many pixels wide, or this share of the shorter side of the masks.
 _MAX_FRAME_PIXELS, _MAX_FRAME_SHARE = 3, 0.1
+# At two sides, objects touch at least this share of the frame, as if it cut them off.
+_MIN_CUT = 0.05
 
-# A class is a band if that share of its runs, in masks with so many, lies between the same two
-# others, with at most so many pixels or share of the width.
-_MIN_BAND_RUNS, _MIN_BETWEEN = 20, 0.75
+# A class is a band in a mask in which it has at least this many runs, ...
+_MIN_BAND_RUNS = 20
+# ... if this share of them lies between the same two other classes, ...
+_MIN_BETWEEN = 0.75
+# ... and if these have a mean length of at most this many pixels, or this share of the width.
 _MAX_BAND_PIXELS, _MAX_BAND_SHARE = 6, 0.03
 
 # With fewer images, a region may be constant by chance.

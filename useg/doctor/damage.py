@@ -317,9 +317,11 @@ def _leave_out_unusual(groups: Mapping[Any, list[Measurement]], noun: str) -> tu
 # With fewer images, the typical exposure is not known.
 _MIN_IMAGES_OF_EXPOSURE = 8
 
-# Brightest values that are so many times as high, with none between, are those of another scale:
-# 255 times for 0 to 1 beside 0 to 255. The values of an image must differ by that share of them.
-_MIN_SCALE_STEP, _MIN_CONTRAST = 30, 0.3
+# Images have another scale, such as 0 to 1 instead of 0 to 255, if their brightest values differ by
+# at least this factor, and no image lies between.
+_MIN_SCALE_STEP = 30
+# An image counts only if its values differ by at least this share of its brightest.
+_MIN_CONTRAST = 0.3
 
 
 def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
@@ -357,7 +359,7 @@ def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
 def _mixed_scales(
     data: MeasuredDataset, images: Sequence[ImageMeasurement], pairs: Sequence[Pair]
 ) -> Iterator[Finding]:
-    """Report images with values from 0 to 1 beside others up to 255, or of 8 beside 16 bits."""
+    """Report images with values from 0 to 1 among others up to 255, or 8 among 16 bits."""
     highest = np.array([float(image.thumbnail.max()) for image in images])
     order = np.argsort(highest)
     # Images without contrast, such as empty ones, have no scale.

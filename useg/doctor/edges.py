@@ -25,12 +25,13 @@ _MAX_SEARCHED_ROWS = 150
 _MAX_BOUNDARY_PIXELS = 160
 _MIN_BOUNDARY_PIXELS = 24
 
-# Placements are measured in images that are reduced to about this many pixels. Each edge is
-# compared with the mean of those within so many pixels, and with a tenth of that of the image.
+# Placements are measured in images that are reduced to about this many pixels.
 _PLACED_PIXELS = 480
+# Each edge is divided by the mean strength within this many pixels, plus this share of the mean
+# strength of the whole image.
 _LOCAL_PIXELS, _MEAN_SHARE = 12, 0.1
 
-# A placement counts if so many boundary pixels, and that share of all, stay in the image.
+# A placement counts if at least this many boundary pixels, and this share of them, stay inside.
 _MIN_PLACED_PIXELS, _MIN_PLACED_SHARE = 40, 0.4
 
 # (2 * MAX_SHIFT_PIXELS + 1, 2 * MAX_SHIFT_PIXELS + 1), mean 1: strength of the image's edges under

@@ -1,7 +1,7 @@
 """Find masks whose classes are exchanged: foreground and background, red and blue, or others.
 
 Such a mask has no unknown value. It differs from the other masks in where its classes are and how
-bright they are. So do masks whose classes were numbered anew, each for itself.
+bright they are. So do masks whose classes were renumbered, each mask on its own.
 """
 
 from __future__ import annotations
@@ -33,30 +33,41 @@ _MAX_ROUNDS = 5
 # With fewer masks, typical values are not known.
 _MIN_MASKS = 8
 
-# Two classes look exchanged in a mask if its pixels are more likely that way, by where they are and
-# how bright they are in the other masks. The places are rows of the image, and so many levels.
+# Two classes look exchanged in a mask if the exchange makes its pixels more likely, given where the
+# classes are in the other masks and how bright. A place is one of this many bands of rows and one
+# of this many levels of brightness.
 _NUM_ROWS, _NUM_LEVELS = 6, 8
-# The log-likelihood of a cell of the thumbnail that is gained or lost is at most this.
+# A cell of the thumbnail gains or loses at most this much log-likelihood.
 _MAX_CELL_GAIN = 3
 _MIN_PROBABILITY = 1e-4
-# All cells of a mask must gain that much together, and a cell on average.
+# Least gain of an exchanged mask: of all its cells together, and of a cell on average.
 _MIN_GAIN, _MIN_MEAN_GAIN = 100, 0.5
-# Each of two classes must gain in so many cells: without a fault, no mask of seven public data sets
-# did in 6,900 trials. Exchanged red and blue are usual, so there both together are enough.
+# Least number of cells in which each of the two classes gains. Without a fault, no mask of seven
+# public data sets had as many in 6,900 trials. Exchanged red and blue are common, so for them the
+# cells of both together count.
 _MIN_CELLS = 16
-# Exchanged masks are those of a folder or split if so few, of those with the classes, differ.
+# The exchanged masks are those of a folder or split if at most this share, of the masks with these
+# classes, is exchanged outside of it or not exchanged inside.
 _MAX_OTHERS_IN_GROUP = 0.1
-# Then so many of those with enough cells of both classes must gain in both; otherwise all.
+# In a folder or split, this share of the masks with enough cells of both classes must gain in both,
+# if there are at least this many of them; otherwise all masks must.
 _MIN_CLEAR_IN_GROUP, _MIN_JUDGED_IN_GROUP = 0.65, 3
-# Pairs are made of so many classes, which are in that share of the masks.
+# Pairs are made of the most frequent classes, at most this many, each in this share of the masks.
 _MAX_COMPARED_CLASSES, _MIN_SHARE_OF_MASKS = 8, 0.25
 
-# Masks may be numbered anew if so many lack classes. It is likely if so many, and that share of
-# them, fit better with other classes, compared with so many masks of all classes. Otherwise, it is
-# worth a note if so many lack two classes: the last one alone may well be rare.
-RENUMBERED_KIND = "classes numbered anew in each mask"
-_MIN_MASKS_WITH_FEWER, _MIN_MASKS_WITHOUT_TWO, _MAX_RENUMBERED_CLASSES = 4, 2, 10
-_MIN_SHARE_RENUMBERED, _MIN_COMPLETE_MASKS, _MIN_GAIN_OF_RENUMBERED = 0.4, 3, 20
+RENUMBERED_KIND = "classes renumbered in each mask"
+# Masks may be renumbered if at least this many lack a class.
+_MIN_MASKS_WITH_FEWER = 4
+# Data sets of more classes are not checked.
+_MAX_RENUMBERED_CLASSES = 10
+# It is likely if this share of them fits better with other classes, ...
+_MIN_SHARE_RENUMBERED = 0.4
+# ... compared with the masks that have all classes, of which there must be this many, ...
+_MIN_COMPLETE_MASKS = 3
+# ... and if the log-likelihood of each grows by this much.
+_MIN_GAIN_OF_RENUMBERED = 20
+# Otherwise it is worth a note if this many lack two classes: the last one alone may well be rare.
+_MIN_MASKS_WITHOUT_TWO = 2
 
 
 def check_inverted_masks(data: MeasuredDataset) -> Iterator[Finding]:
@@ -302,7 +313,7 @@ def _gain_by_order(
 
 
 def check_renumbered_masks(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find masks whose values were counted anew in each: 0 to k - 1, or stretched to 0 to 255.
+    """Find masks that were renumbered one by one: to 0 to k - 1, or stretched to 0 to 255.
 
     Then every mask has the first values, or the first and the last one, however many it has; and
     one that lacks a class fits the others better if its values are other classes.
@@ -348,7 +359,7 @@ def _renumbered_masks(
     if is_likely:
         message += "; judging by position and brightness, their values mean other classes"
         return Finding(RENUMBERED_KIND, "warning", tuple(files), message, remedy)
-    message += ": the values may have been counted anew in each mask"
+    message += ": each mask may have been renumbered on its own"
     return Finding(RENUMBERED_KIND, "note", (), message, f"{remedy}; otherwise ignore this note")
 
 
@@ -357,7 +368,7 @@ def _fit_other_classes(
 ) -> NDArray[np.bool_]:
     """Return which masks fit those of all classes better if their values are other classes.
 
-    The order of the classes stays, as counting anew keeps it.
+    The order of the classes stays the same, since renumbering keeps it.
 
     Args:
         counts: from :func:`_count_places`.

@@ -52,13 +52,15 @@ from useg.parsing import open_file
 # (H, W, C) uint8, uint16 or float32.
 Image = NDArray[Any]
 IdType = TypeVar("IdType", np.uint8, np.int32)
-# A header of .npy has at least so many bytes.
+# Least number of bytes of the header of a .npy file.
 _NPY_HEADER_BYTES = 64
 
-# Two arrays of one shape are stacks if they have so many images of such sides at least.
+# Two arrays of the same shape are stacks of grey images and masks if they have at least this many
+# images, whose sides have at least this many pixels.
 _MIN_GREY_PAGES, _MIN_GREY_SIDE = 5, 16
 
-# Of a palette; their 64 bits fit into a processor's cache.
+# Indices of a palette that are looked up at once: as 64-bit numbers they fit into a processor's
+# cache.
 _INDICES_AT_ONCE = 65_536
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -39,7 +39,8 @@ _LONG_KINDS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"
 # Maximum bytes of files that are read whole, because their header cannot be read alone.
 _MAX_WHOLE_BYTES = 1 << 29
 _MAX_NPY_HEADER = 10_000
-# The images of a stack have so many values at least, or a small file would declare very many.
+# Least number of values of an image in a stack; otherwise a small file could declare very many
+# images.
 _MIN_PAGE_VALUES = 64
 # These transfer syntaxes compress a whole DICOM file.
 _DEFLATED = (b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.4.95")

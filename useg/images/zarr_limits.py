@@ -24,8 +24,8 @@ MAX_METADATA_BYTES = 2 << 20
 _PLAIN = {"bytes", "endian", "transpose", "crc32c", "shuffle"}
 _SHARDS = "sharding_indexed"
 _MAX_MEMBERS = 16
-# Lists and objects in the metadata of an array, beside its attributes: Zarr takes a quarter of a
-# millisecond to make a codec of one.
+# Lists and objects in the metadata of an array, apart from its attributes: Zarr takes a quarter of
+# a millisecond to make a codec of one.
 _MAX_ARRAY_ITEMS = 200
 _MAX_SHARD_CHUNKS = 1 << 20
 # Offset and length in the index for a chunk that is missing from a shard.

@@ -100,7 +100,7 @@ MAX_ONNX_FIELDS = 300_000
 # memory per pixel as a small one, because of rounding at its edges.
 SIDES = (96, 512)
 MAX_GROWTH = 2
-# Memory that the smaller of the images, and all constants beside the file, may take.
+# Memory that the smaller of the images, and all constants in addition to the file, may take.
 MAX_SMALL_IMAGE_BYTES = 1 << 30
 MAX_CONSTANT_FACTOR, MIN_CONSTANT_BYTES = 16, 1 << 20
 # Tensors with more numbers are weights, whose values decide no shape.

@@ -498,7 +498,7 @@ def _native_outputs(
 
 
 def _find_resampling(num_logits: int) -> tuple[ResizeFunction, LabelFunction]:
-    """Return what resizes images and labels logits: compiled after so many logits."""
+    """Return the functions that resize images and label logits; after many logits compiled ones."""
     if num_logits <= MIN_COMPILED_LOGITS:
         return resize_image, _label_resized
     from useg.inference.resampling import label_compiled, resize_compiled

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Channels are computed in groups of so many.
+# Channels are computed in groups of this size.
 LANES = 16
 
 # Channels of 1x1 convolutions are multiples of this.
 PAIRED = 8
 
-# Of the compiled loss.
+# The compiled loss takes at most this many classes.
 MAX_LOSS_CLASSES = 256
 
-# Where the activations cut values off.
+# Lower and upper limit of the output of each activation.
 _LIMITS = {
     type(None): (-math.inf, math.inf),
     nn.ReLU: (0.0, math.inf),

@@ -1,4 +1,4 @@
-"""What every model file says about a model beside its weights: written as JSON, read with a check.
+"""What every model file says about a model besides its weights: written as JSON, read with a check.
 
 A model file may come from a stranger, and a checksum only shows damage. So every field is checked
 here, before a network is built from it.
@@ -41,12 +41,12 @@ MODEL_FILE_FIELDS = ("network", "classes", "working", "pixels", "provenance", "t
 # The description of a model with 255 classes has 100 kB.
 MAX_MODEL_TEXT_BYTES = 1 << 22
 _MAX_CHANNELS, _MAX_CLASSES = 65535, 255
-# What a model that tells objects apart computes beside its classes: the logit of the depth.
+# Outputs in addition to the classes, of a model that separates objects: the logit of the depth.
 OBJECT_CHANNELS = 1
 
 Statistics = NDArray[np.float64]  # (F,)
 
-# Training images in a description: so many, but fewer numbers than this in all.
+# Most training images in a description, and most numbers of all of them together.
 MAX_EXAMPLES, MAX_EXAMPLE_NUMBERS = 64, 10_000
 
 # Share of the held-out images that are beyond the limit.
@@ -63,7 +63,7 @@ NEIGHBOUR_DISTANCES = 1, 4
 # from images that are all alike do not count.
 MIN_DEVIATION, MIN_LIMIT = 0.05, 0.25
 
-# Pixels, and steps from one to the next, are clipped to so many deviations.
+# Pixels, and differences between neighbours, are clipped to this many standard deviations.
 MAX_PIXEL = 1e4
 
 # Examples are stored in whole hundredths of the deviations.
@@ -445,7 +445,7 @@ def measure_image(
 
 
 def count_statistics(channels: int) -> int:
-    """Return how many numbers :func:`measure_image` returns for images of so many bands."""
+    """Return how many numbers :func:`measure_image` returns for images of ``channels`` bands."""
     return 5 * channels + 2 * len(NEIGHBOUR_DISTANCES)
 
 

@@ -263,7 +263,7 @@ def filter_normalized(
 def _takes_filter(
     weight: Tensor, stride: int, norms: Sequence[nn.BatchNorm2d | None], num_pixels: int
 ) -> bool:
-    """Return whether there is a compiled depthwise convolution for so many pixels."""
+    """Return whether there is a compiled depthwise convolution for this number of pixels."""
     return (
         weight.shape[-2:] in ((3, 3), (5, 5))
         and not weight.shape[0] % LANES

@@ -241,7 +241,7 @@ def load_pickled(file: BinaryIO) -> Any:
 
 
 class _LimitedReads:
-    """A file of which only so much is read at a time as the list of a ZIP's parts may have."""
+    """A file that refuses to read more at once than the list of a ZIP's parts may have."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable

@@ -111,7 +111,7 @@ def application(
         service: what it serves.
         log: takes one entry for each request.
         token: the token that clients must send; empty: they need none.
-        hosts: names by which clients may call the service, beside its addresses and localhost.
+        hosts: names by which clients may call the service, besides its addresses and localhost.
     """
     # FastAPI's own pages at /docs load their code from other hosts.
     app = FastAPI(

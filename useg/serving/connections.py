@@ -46,7 +46,7 @@ MAX_DISCARDED_BYTES = 4_000_000
 # Bytes of a connection that are read at a time, while all others wait.
 READ_BYTES = 65_536
 
-# A request starts when its body is complete, when so much of it has arrived, or after this time.
+# A request starts when its body is complete, when this many bytes have arrived, or after this time.
 START_BYTES = READ_BYTES
 START_SECONDS = 1.0
 

@@ -144,7 +144,7 @@ def export_model(
 
     Args:
         path: a run folder or ``model.safetensors``.
-        out: ``NAME.onnx``; ``NAME.xml``, beside which ``NAME.bin`` is written; or a folder for a
+        out: ``NAME.onnx``; ``NAME.xml``, next to which ``NAME.bin`` is written; or a folder for a
             site. Files are replaced whole or not at all.
         dataset: with it the model is quantised to 8 bits.
         say: called with each progress message.

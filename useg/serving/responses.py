@@ -40,7 +40,8 @@ from useg.serving.uploads import Upload
 MAX_CORNERS = 1_000_000
 BYTES_PER_CORNER = 300
 
-# Most objects of a response; about 30 MB of JSON. Numbering them takes so many bytes per pixel.
+# Most objects of a response, about 30 MB of JSON, and the bytes for each; bytes per pixel to number
+# them.
 MAX_OBJECTS = 100_000
 BYTES_PER_OBJECT, BYTES_PER_NUMBERED_PIXEL = 2000, 80
 
@@ -271,7 +272,7 @@ def known_size(response_format: ResponseFormat, pixels: int, num_classes: int) -
 
 
 def encoding_bytes(response_format: ResponseFormat, width: int, height: int) -> int:
-    """Return the memory that encoding takes beside the image and its label map.
+    """Return the memory that encoding takes in addition to the image and its label map.
 
     Polygons are traced in Python, which takes seconds for a noisy label map.
     """

@@ -50,8 +50,9 @@ REPEATED_WARNING_SECONDS = 60.0
 # Interval, in tenths of a second, at which free memory is returned to the operating system.
 MEMORY_TICKS = 50
 
-# Python's garbage collector stops all threads while it looks through objects. It looks at this many
-# new ones, then at ten times as many, and after so many of the latter at all of the service's.
+# Python's garbage collector stops all threads while it scans objects. It scans this many new
+# objects, after ten such scans ten times as many, and after this many of those all objects of the
+# service.
 COLLECTED_OBJECTS, FULL_COLLECTIONS = 1000, 30
 
 # Lines that are buffered while the reader of the log is slow; further ones are dropped.

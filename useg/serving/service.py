@@ -34,7 +34,8 @@ LARGE_UPLOAD_BYTES = 2_000_000
 # So it is if its response may take more than this to encode: Python writes that for seconds.
 LARGE_ENCODING_BYTES = 39_000_000
 
-# Memory of an image that is in progress, beside its logits: the decoded file, and label maps.
+# Memory of an image that is in progress, in addition to its logits: the decoded file, and label
+# maps.
 WORK_BYTES_PER_PIXEL = 32
 
 
@@ -118,7 +119,7 @@ class Service:
 
     @property
     def memory(self) -> int:
-        """Maximum memory of all requests together, in bytes, beside the model itself."""
+        """Maximum memory of all requests together, in bytes, in addition to the model itself."""
         held = self.limits.buffered_bytes + self.limits.response_bytes
         queues = self.queue.memory + self.large_queue.memory
         return held + held // SMALL_SHARE + queues + self.activation_bytes
@@ -176,7 +177,7 @@ class Service:
 
 
 def activation_bytes(runtime: Runtime, limits: Limits, plan: LoadPlan) -> int:
-    """Return the memory of the network's activations: small images beside a large one.
+    """Return the memory of the network's activations: small images while a large one is computed.
 
     Args:
         runtime: the network.

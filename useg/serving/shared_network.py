@@ -55,11 +55,11 @@ MAX_TIME_ON_THREADS = 2.0
 # An image that takes longer keeps all cores busy alone, so nothing else is tried.
 MAX_TRIAL_SECONDS = 0.3
 
-# Images of up to so many times the working size are computed by a thread each, which takes memory
-# for each; larger ones keep all cores busy alone.
+# An image of up to this many times the working size may have a thread of its own, which takes
+# memory; a larger one keeps all cores busy alone.
 MAX_TIMES_WORKING_SIZE = 2
 
-# After so many shapes whose images were computed both ways, others are trusted to be like them.
+# Images of this many shapes are computed both ways. After that, other shapes are trusted to agree.
 MAX_CHECKED_SHAPES = 16
 
 

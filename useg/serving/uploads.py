@@ -19,7 +19,7 @@ from useg.images.decode import stored_size
 from useg.images.formats import clear_errors
 from useg.serving.middleware import Limits, service_unavailable
 
-# Limits of a form, beside its files.
+# Limits of a form, apart from its files.
 MAX_FORM_FIELDS = 16
 MAX_FORM_FIELD_BYTES = 1000
 MAX_PART_HEAD_BYTES = 4096
@@ -141,7 +141,7 @@ class UploadReader:
         return reservation
 
     async def read(self, request: Request, most: int) -> bytes:
-        """Read the whole body, of at most so many bytes.
+        """Read the whole body, of at most ``most`` bytes.
 
         Raises:
             HTTPException: the body is too large or compressed; 503 when all bodies together are too

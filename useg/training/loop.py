@@ -1,6 +1,6 @@
 """The training loop: a data set and settings in, a trained model in a run folder out.
 
-:func:`fit` plans, decodes and builds; ``_loop`` trains. Everything that the loop does beside the
+:func:`fit` plans, decodes and builds; ``_loop`` trains. Everything that the loop does besides the
 training step (validate, keep the best model, log, save) is in ``session.py``.
 """
 
@@ -177,7 +177,7 @@ def _prepare_run(
 
 
 def _describe_origin(dataset: Dataset, plan: Plan, start: WarmStart | None) -> dict[str, Any]:
-    """Return what ``run.toml`` says about a run beside its settings."""
+    """Return what ``run.toml`` says about a run besides its settings."""
     return {
         "dataset": printable(str(dataset.root)),
         "layout": dataset.layout,

@@ -1,4 +1,4 @@
-"""A training run while it trains: everything beside the training steps.
+"""A training run while it trains: everything besides the training steps.
 
 After each step the session checks the loss, logs, validates if that is due, keeps the best model,
 recounts the steps of a timed run, and saves. ``loop.py`` takes the steps.
@@ -119,7 +119,7 @@ class TakenStep:
 
 @dataclass
 class TrainingSession:
-    """A run while it trains, and what the loop does beside the training step."""
+    """A run while it trains, and what the loop does besides the training step."""
 
     trainer: Trainer
     dataset: Dataset

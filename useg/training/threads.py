@@ -1,8 +1,8 @@
 """The number of threads of a run with a time limit: as many as other programs leave cores free.
 
 Threads that compute a layer together wait for each other. Where other programs want the same cores,
-one of them is always late: beside ten busy processes on two cores, two threads took 0.2 steps of
-EfficientNet-Lite0 in a second (0.7 if waiting threads sleep), and one thread took 1.4.
+one of them is always late: with ten other busy processes on two cores, two threads took 0.2 steps
+of EfficientNet-Lite0 in a second (0.7 if waiting threads sleep), and one thread took 1.4.
 
 Sums depend on the number of threads in their last bits, so each change is stored in ``run.toml``
 (``train.thread_changes``), and the run can be repeated exactly.
@@ -22,7 +22,7 @@ from useg.errors import format_count
 from useg.machine import OtherPrograms, count_cores
 
 # Other programs that use less than this share of a core take no thread away. A program that wants a
-# whole core gets at least two thirds of one, beside two threads on two cores.
+# whole core gets at least two thirds of one, while this run has two threads on two cores.
 MIN_TAKEN_SHARE = 0.5
 
 # A thread comes back if other programs leave its core idle, except for this share.

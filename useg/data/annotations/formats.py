@@ -34,8 +34,9 @@ from useg.parsing import open_file, parse_yaml, read_limited, shorten
 # A list of class names is far smaller: 30 kB name 1,203 classes. Parsing as much takes a second.
 MAX_YAML_BYTES = 100_000
 
-# The largest file of COCO has 470 MB. In large files, a JSON list or object and an XML element take
-# at least so many bytes on average, since each takes up to 30 times as much memory as text.
+# The largest file of COCO has 470 MB. In files above the second size, a JSON list or
+# object and an XML element must have at least this many bytes on average, since each takes up to 30
+# times as much memory as its text.
 MAX_ANNOTATION_BYTES = 1_000_000_000
 _LARGE_BYTES, _MIN_BYTES_PER_ITEM = 5_000_000, 7
 # Formats with a file for each image store each point as such an item. One image has far fewer.
@@ -45,15 +46,14 @@ _MAX_ITEMS_OF_AN_IMAGE = 500_000
 _HIDDEN_KEYS = re.compile(rb"\\u00[4-7]|\0")
 _UP_TO_NUMBER = re.compile(r"^[^0-9]+[0-9]+(?=[^0-9])")
 
-# An XML element has at most so many attributes, and a file so many different names: each of them
-# takes time and memory.
+# Most attributes of an XML element, and most different names in a file: each takes time and memory.
 _MAX_XML_NAMES = 1000
-# XML is parsed in parts, after each of which the names are counted. An element that ends in no part
-# is read anew with each, so there are few.
+# XML is parsed in parts of this size, and names are counted after each. An incomplete element is
+# read again with each further part, so there are at most this many.
 _XML_PART_BYTES, _MAX_XML_PARTS = 1 << 20, 16
 
-# So many images of one file may be missing, because people keep parts of data sets. COCO's largest
-# file names 123,403, Kaggle's table of ships 192,556.
+# At most this many images of one file may be missing, because people keep parts of data sets.
+# COCO's largest file names 123,403, Kaggle's table of ships 192,556.
 MAX_MISSING_IMAGES = 200_000
 
 # Longest path on Linux.
@@ -124,7 +124,7 @@ class Annotations:
         if len(names) > MAX_CLASSES + 1:
             raise DataError(
                 f"'{self.entries[0].file}' has {len(names) - 1:,} classes, but at most "
-                f"{MAX_CLASSES} are possible beside the background; export fewer classes"
+                f"{MAX_CLASSES} are possible in addition to the background; export fewer classes"
             )
         spread = spread_colors(len(names))
         return ClassTable(

@@ -307,7 +307,7 @@ def find_label_file(image: Path, root: Path) -> Path | None:
     return path if path.parent.is_dir() else None
 
 
-# Outlines may leave the image by so much, and coordinates in pixels are higher.
+# Outlines may leave the image: fractions go up to this. Higher coordinates are in pixels.
 _MAX_FRACTION = 2
 
 

@@ -42,14 +42,14 @@ _MAX_CROSSINGS = 1_000_000
 
 _MAX_BAND_PIXELS = 8_000_000
 
-# Work that one image may take: pixels of masks and of the boxes around outlines. A crossing of an
-# edge and a row takes as long as so many pixels. 5,000 objects as large as a small image are
-# possible, and 20 as large as a huge one.
+# Work that one image may take: pixels of masks and of the boxes around outlines. 5,000 objects as
+# large as a small image are possible, and 20 as large as a huge one.
 _MAX_WORK, _MAX_WORK_PER_PIXEL = 1_000_000_000, 20
 
+# A crossing of an edge and a row takes as long as this many pixels.
 _PIXELS_PER_CROSSING = 32
 
-# To make and to draw any outline, however small, and each of its corners.
+# So do any outline, however small, and each of its corners.
 _PIXELS_PER_OUTLINE, _PIXELS_PER_CORNER = 30_000, 70
 
 
@@ -99,7 +99,7 @@ def _paint_shapes(
     size = label.shape[1], label.shape[0]
     scale = (1.0, 1.0) if drawing.size else (float(size[0]), float(size[1]))
     read_stored = lru_cache(maxsize=1)(_read_stored_mask)
-    # What so many shapes take at least, before any is drawn.
+    # The least work for this number of shapes is checked before any is drawn.
     _check_work(_PIXELS_PER_OUTLINE * sum(map(_count_parts, drawing.shapes)), size, source)
     work = 0
     for shape, value in zip(drawing.shapes, values, strict=True):

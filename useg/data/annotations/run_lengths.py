@@ -53,14 +53,13 @@ _BEGINNING_BYTES = 1 << 16
 _EMPTY = ("", "-1", "nan")
 # A line with more cells is skipped.
 _MAX_COLUMNS = 100
-# Rows of a table, of which Kaggle's largest has 333,415, and of one image, of which no more could
-# be drawn.
+# Most rows of a table (Kaggle's largest has 333,415) and of one image (more could not be drawn).
 _MAX_ROWS, _MAX_ROWS_OF_AN_IMAGE = 500_000, 50_000
 # Images whose masks show the order of the runs, and how much better one order must be.
 _NUM_ORDERED = 8
 _MIN_GAIN = 1.1
-# So many runs begin or end at a border of the image if they are counted from 0, and so many times
-# more than if they are counted from 1.
+# Pixels are counted from 0 if then at least this many runs begin or end at a border of the image,
+# and this many times more than if they are counted from 1.
 _MIN_AT_BORDER, _MIN_BORDER_GAIN = 6, 4
 
 
@@ -491,7 +490,7 @@ def _find_order(
 def _describe_unlisted(
     path: Path, entries: Iterable[AnnotatedImage], reading: Reading
 ) -> Iterator[str]:
-    """Say that there are images beside the listed ones, which may have no objects."""
+    """Say that there are images that are not listed, which may have no objects."""
     listed = {image for entry in entries if (image := reading.find(entry)) is not None}
     places = {image.parent for image in listed}
     rest = [image for image in reading.images if image.parent in places and image not in listed]
