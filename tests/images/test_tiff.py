@@ -236,7 +236,8 @@ def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
         with pytest.raises(
             UsageError,
             match=r"z.tif' is a stack of 6 pages, not one image; "
-            r"save each page as a file of its own, in Python: for k, page in enumerate\(tifffile",
+            r"useg predict labels each page; for all else, save each page as a file of its own, "
+            r"in Python: for k, page in enumerate\(tifffile",
         ):
             reader(tmp_path / "z.tif")
         for page in (6, -1):

@@ -390,8 +390,9 @@ def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
                 "planarconfig='separate')"
             )
         return (
-            f"'{name}' is a stack of {num_pages} pages, not one image; save each page as a file of "
-            f"its own, in Python: for k, page in enumerate({read}('{name}')): {write}{bands}"
+            f"'{name}' is a stack of {num_pages} pages, not one image; useg predict labels each "
+            f"page; for all else, save each page as a file of its own, in Python: for k, page in "
+            f"enumerate({read}('{name}')): {write}{bands}"
         )
     held = "one page" if num_pages == 1 else f"{num_pages} pages"
     return (

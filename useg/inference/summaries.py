@@ -230,9 +230,10 @@ def write_areas(
     """
     from useg.objects.table import count_objects
 
-    places = [find_georeference(entry.image) for entry in entries]
+    images = dict.fromkeys(entry.image for entry in entries)
+    places = {image: find_georeference(image) for image in images}
     counted_column = ["objects"] if objects else []
-    header = [*AREAS_HEADER, *counted_column, *(["area"] if any(places) else [])]
+    header = [*AREAS_HEADER, *counted_column, *(["area"] if any(places.values()) else [])]
     counted = in_parallel(
         lambda entry: count_pixels(read_mask(entry.label), len(table)),
         entries,
@@ -241,10 +242,11 @@ def write_areas(
     with replacing(target, is_own) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(header)
-        for entry, place, counts in zip(entries, places, counted, strict=True):
+        for entry, counts in zip(entries, counted, strict=True):
+            place = places[entry.image]
             found = count_objects(objects / f"{entry.label.stem}.csv") if objects else {}
             for name, pixels in zip(table.names, counts.tolist(), strict=True):
-                area = [pixels * place.pixel_area if place else ""] if any(places) else []
+                area = [pixels * place.pixel_area if place else ""] if any(places.values()) else []
                 number = [found.get(to_cell(name), 0)] if objects else []
                 share = f"{pixels / max(1, counts.sum()):.6f}"
                 cells = [to_cell(entry.name), to_cell(name), pixels, share]
