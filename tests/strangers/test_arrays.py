@@ -170,3 +170,51 @@ def test_lines_of_python_turn_archives_of_arrays_into_folders(
     (tmp_path / "data" / "data.npz").write_bytes(b"PK\5\6" + b"\xff" * 18)
     with pytest.raises(DataError, match=r"does not read .npz files such as '.*data.npz'. It reads"):
         find_dataset(tmp_path / "data")
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(DataError) as raised:
+        read_sample((dataset := find_dataset(folder)).pairs[0], dataset)
+    return str(raised.value)
+
+
+def apply_advice(message: str, files: list[Path]) -> None:
+    """Run what a message says that Python does, for each file."""
+    (command,) = (part for part in message.split(": ") if part.startswith("numpy.save("))
+    for file in files:
+        exec(command, {"numpy": np, "file": file})
+
+
+@pytest.mark.parametrize("kind", ["Fortran order", "last axis counts slices"])
+def test_arrays_that_are_refused_become_readable_as_the_message_says(
+    kind: str, tmp_path: Path
+) -> None:
+    images, labels = stack(0, 8)
+    paths = [tmp_path / "images" / "a.npy", tmp_path / "masks" / "a.npy"]
+    for path, array in zip(paths, (images[..., 0], labels), strict=True):
+        moved = np.moveaxis(array, 0, -1) if kind != "Fortran order" else array
+        save_array(path, np.asfortranarray(array) if kind == "Fortran order" else moved)
+    if kind == "Fortran order":
+        save_array(paths[0], np.asfortranarray(images))
+    message = refusal(tmp_path)
+    assert kind in message
+    apply_advice(message, paths)
+    assert_labels(find_dataset(tmp_path), labels)
+
+
+@pytest.mark.parametrize("depth", [70, 72])
+def test_a_volume_whose_slices_may_lie_along_its_last_axis_is_told(
+    depth: int, tmp_path: Path
+) -> None:
+    size = 72
+    label = np.zeros((size, size, depth), np.uint8)
+    label[20:50, 10:60, 5:40] = 1
+    noise = np.random.default_rng(0).integers(0, 40, label.shape)
+    save_array(tmp_path / "images" / "a.npy", (label * 120 + noise).astype(np.uint8))
+    save_array(tmp_path / "masks" / "a.npy", label)
+    notes = [note for note in find_dataset(tmp_path).notes if "along its last axis" in note]
+    assert len(notes) == (depth != size)
+    if notes:
+        assert f"read as {size} images of {depth}x{size} pixels" in notes[0]
+        apply_advice(notes[0], [tmp_path / "images" / "a.npy", tmp_path / "masks" / "a.npy"])
+        assert_labels(find_dataset(tmp_path), np.moveaxis(label, -1, 0))

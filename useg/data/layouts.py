@@ -52,9 +52,7 @@ from useg.data.truth import OpenChoiceError
 from useg.data.unrecognized import describe_unrecognized
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.folders import cached_walks, list_files, walk_folders
-from useg.images.files import (
-    count_pages,
-)
+from useg.images.files import count_pages, read_npy_shape
 from useg.images.formats import ALL_PAGES, STACK_SUFFIXES
 from useg.parsing import open_file
 
@@ -276,13 +274,27 @@ def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
     strict = strict or len(found.pairs) == 1
     pairs = tuple(page for pair in found.pairs for page in _pages(pair, strict))
     joined = [pair for pair in pairs if pair.page == ALL_PAGES]
+    first = next((pair.image for pair in pairs if pair.page == 0), None)
+    notes = (*found.notes, *(_describe_volume(first) if first else ()))
     if not joined:
-        return replace(found, pairs=pairs)
+        return replace(found, pairs=pairs, notes=notes)
     note = (
         f"the pages of {format_count(len(joined), 'image')}, such as '{joined[0].image}', are read "
         "as the bands of one image, since the mask has one page"
     )
-    return replace(found, pairs=pairs, notes=(*found.notes, note))
+    return replace(found, pairs=pairs, notes=(*notes, note))
+
+
+def _describe_volume(path: Path) -> Iterator[str]:
+    """Say that an array whose first two axes are equal may have its slices along the last."""
+    shape = read_npy_shape(path)
+    if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
+        height, width, depth = shape
+        yield (
+            f"'{path}' has the shape {shape}, and is read as {height} images of {depth}x{width} "
+            f"pixels; if it has {depth} slices along its last axis, put that first, in images and "
+            "masks: numpy.save(file, numpy.moveaxis(numpy.load(file), -1, 0))"
+        )
 
 
 def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:

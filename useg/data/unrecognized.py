@@ -29,6 +29,10 @@ _ADVICE = {
     ".zip": "unpack them; if they are ROI sets of ImageJ, save a mask for each image instead",
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), _VIDEO_ADVICE),
 }
+_NIFTI_SUFFIXES = (".nii", ".nii.gz")
+_CONTAINER_SUFFIXES = (*_NIFTI_SUFFIXES, ".h5", ".hdf5", ".mat")
+# MATLAB's files of version 7.3 are HDF5, and begin so.
+_MATLAB_HDF5 = b"MATLAB 7.3"
 _OTHER_SUFFIXES = (*(".json", ".xml", ".txt", ".csv"), *_ADVICE)
 
 # The end of a ZIP file is in its last bytes; the list of its files has at most this many bytes.
@@ -117,6 +121,55 @@ def _advise_arrays(folder: Path, archives: Sequence[Path]) -> str:
     )
 
 
+def _advise_containers(folder: Path, paths: Sequence[Path], suffix: str) -> str:
+    """Return lines of Python that turn HDF5, MATLAB or NIfTI files into files that useg reads."""
+    with open_file(paths[0]) as file:
+        is_hdf5 = suffix != ".mat" or file.read(10) == _MATLAB_HDF5
+    place = str(folder) if list_image_files(folder) else "OUT"
+    if suffix in _NIFTI_SUFFIXES:
+        package, target = "nibabel tifffile", "with_name(path.name.split('.nii')[0] + '.tif')"
+        lines = (
+            "import nibabel, numpy, pathlib, tifffile\n"
+            f"for path in pathlib.Path({str(folder)!r}).rglob('*.nii*'):\n"
+            "    slices = numpy.moveaxis(numpy.asarray(nibabel.load(path).dataobj), 2, 0)\n"
+            "    slices = slices.astype('float32' if slices.dtype.kind == 'f' else slices.dtype)\n"
+            f"    target = pathlib.Path({place!r}) / path.relative_to({str(folder)!r}).{target}\n"
+            "    target.parent.mkdir(parents=True, exist_ok=True)\n"
+            "    planar = 'contig' if slices.ndim == 4 else None\n"
+            "    tifffile.imwrite(target, slices, photometric='minisblack', planarconfig=planar)"
+        )
+    else:
+        package = "h5py" if is_hdf5 else "scipy"
+        # MATLAB stores columns first, which h5py does not know.
+        array = "numpy.asarray(item).T" if suffix == ".mat" and is_hdf5 else "item"
+        read = (
+            "    with h5py.File(path) as file:\n"
+            "        file.visititems(lambda name, item: save(name.replace('/', '_'), item))"
+            if is_hdf5
+            else "    save('', scipy.io.loadmat(path, simplify_cells=True))"
+        )
+        lines = (
+            f"import {'h5py' if is_hdf5 else 'scipy.io'}, numpy, pathlib\n"
+            "def save(name, item):\n"
+            "    if isinstance(item, dict):\n"
+            "        for key in item:\n"
+            "            save(f'{name}_{key}'.strip('_'), item[key])\n"
+            "    elif getattr(item, 'ndim', 0) > 1 and item.dtype.kind in 'buif':\n"
+            f"        file = path.relative_to({str(folder)!r}).with_suffix('.npy')\n"
+            f"        target = pathlib.Path({place!r}, name) / file\n"
+            "        target.parent.mkdir(parents=True, exist_ok=True)\n"
+            f"        numpy.save(target, numpy.ascontiguousarray({array}))\n"
+            f"for path in pathlib.Path({str(folder)!r}).rglob('*{suffix}'):\n"
+            f"{read}"
+        )
+    where = "beside the images" if place != "OUT" else "to the folder OUT"
+    return (
+        f"useg does not read {suffix} files such as '{paths[0]}'. These lines of Python write "
+        f"their arrays {where}; useg reads them if they are images and masks of class ids "
+        f"(pip install {package}):\n{lines}"
+    )
+
+
 def _find_mask_half(path: Path) -> int | None:
     """Return which half of a picture alone has plain areas, like a mask: 0 left, 1 right."""
     pixels = read_image(path)
@@ -165,6 +218,10 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
     for suffix, _ in suffixes.most_common():
         if suffix == ".npz":
             return _advise_arrays(folder, [path for path in others if path.suffix == suffix])
+        if suffix in _CONTAINER_SUFFIXES:
+            return _advise_containers(
+                folder, [path for path in others if path.name.lower().endswith(suffix)], suffix
+            )
         if suffix in _ADVICE:
             return f"useg does not read {suffix} files: {_ADVICE[suffix]}"
     images = list_image_files(folder)

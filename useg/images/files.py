@@ -380,6 +380,16 @@ def count_pages(image: Path, mask: Path) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+def read_npy_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape of the array in a ``.npy`` file; ``()`` for other files.
+
+    Raises:
+        DataError: the file is missing or not an image.
+    """
+    with open_image_file(path) as file:
+        return find_npy_shape(file)
+
+
 def list_pages(path: Path, num_bands: int) -> Sequence[int | None]:
     """Return the pages of a file that are images for a model of ``num_bands`` bands.
 
@@ -540,6 +550,20 @@ def _eight_bit(colors: NDArray[Any], path: Path) -> NDArray[np.uint8]:
     return np.ascontiguousarray(colors.astype(np.uint8, copy=False))
 
 
+def _describe_bands(path: Path, count: int) -> str:
+    """Say that a mask has a wrong number of bands; those of an array may be slices."""
+    is_volume = path.suffix.lower() == ".npy" and count >= _MIN_GREY_PAGES
+    advice = (
+        "; if its last axis counts slices, put that first, in images and masks: "
+        "numpy.save(file, numpy.moveaxis(numpy.load(file), -1, 0))"
+    )
+    return (
+        f"mask '{path}' has {count} bands, but a mask has one band of class ids, three of colours, "
+        "or one for each class, of which one is set at each pixel; save it as such"
+        f"{advice * is_volume}"
+    )
+
+
 def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
     pixels = stored.pixels
     if stored.inverted and stored.highest == 1:
@@ -564,11 +588,7 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
             ids: NDArray[Any] = is_set.argmax(2).astype(np.uint8)
             return ids
     if pixels.shape[2] != 3:
-        raise DataError(
-            f"mask '{path}' has {pixels.shape[2]} bands, but a mask has one band of class ids, "
-            "three of colours, or one for each class, of which one is set at each pixel; save it "
-            "as such"
-        )
+        raise DataError(_describe_bands(path, pixels.shape[2]))
     first, second, third = (pixels[..., c] for c in range(3))
     if np.array_equal(first, second) and np.array_equal(first, third):
         return np.ascontiguousarray(first)

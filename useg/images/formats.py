@@ -81,9 +81,8 @@ STACK_SUFFIXES = frozenset({".tif", ".tiff", ".dcm", ".dicom", ".npy"})
 # Files that hold images, but that useg does not read: their suffixes, and what to do with them.
 _CONVERSIONS = {
     ".nii .mha .mhd .nrrd .mgz": "save their slices as TIFF or .npy, for example with SimpleITK",
-    ".mat": "save their arrays as .npy: numpy.save(name, scipy.io.loadmat(file)[key])",
     ".npz": "save each array as .npy: numpy.save(name, numpy.load(file)[key])",
-    ".h5 .hdf5 .hdf .nc": "save their arrays as .npy or TIFF",
+    ".mat .h5 .hdf5 .hdf .nc": "save their arrays as .npy or TIFF",
     ".svs .ndpi .mrxs .scn .vms .bif": "convert them to TIFF with vips or QuPath",
     ".czi .lif .nd2 .oib .oif .vsi .ims .lsm": "convert them to TIFF with Fiji or bfconvert",
     ".img .ecw .sid .ntf .nitf .hgt .vrt .grd .bil": "convert them to TIFF with gdal_translate",
@@ -117,7 +116,7 @@ class TooLargeError(Exception):
 
 
 class UnreadableError(Exception):
-    """An intact file of a kind that useg does not read."""
+    """An intact file of a kind that useg does not read: (reason), or (reason, what to do)."""
 
 
 class PageError(Exception):
@@ -340,10 +339,9 @@ def _describe_failure(name: str, error: Exception) -> str:
             "or it is damaged; convert or remove it"
         )
     if isinstance(error, UnreadableError):
-        return (
-            f"'{name}' cannot be read: {error}; save it as PNG, or as a plain TIFF "
-            "(uncompressed, LZW or deflate)"
-        )
+        usual = "save it as PNG, or as a plain TIFF (uncompressed, LZW or deflate)"
+        reason, advice = (*error.args, usual)[:2]
+        return f"'{name}' cannot be read: {reason}; {advice}"
     if isinstance(error, TooLargeError):
         size, limit = error.args
         return (

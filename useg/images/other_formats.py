@@ -138,7 +138,11 @@ def _read_npy_array(file: BinaryIO) -> _NpyArray:
             f"it declares {'x'.join(map(str, shape))} values of {dtype}, but is shorter"
         )
     if by_columns and _count_npy_pages(shape) > 1:
-        raise UnreadableError("it is in Fortran order, which numpy.ascontiguousarray changes")
+        raise UnreadableError(
+            "its values are in Fortran order, in which its images are not in one piece",
+            "save it in C order, in Python: "
+            "numpy.save(file, numpy.ascontiguousarray(numpy.load(file)))",
+        )
     return _NpyArray(shape, dtype, start, stored)
 
 

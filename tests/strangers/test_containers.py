@@ -1,0 +1,115 @@
+"""Folders of HDF5, MATLAB and NIfTI files: the lines of Python that useg prints make them
+readable."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.io
+from made_strangers import save, yard
+
+from useg.data.dataset import read_label
+from useg.data.layouts import find_dataset
+from useg.errors import DataError
+
+
+def run_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the lines that useg prints for a folder, beside it; return what it says before them."""
+    with pytest.raises(DataError) as raised:
+        find_dataset(folder)
+    said, _, lines = str(raised.value).partition(":\nimport")
+    monkeypatch.chdir(folder.parent)
+    exec("import" + lines, {})
+    return said
+
+
+def check(folder: Path, labels: list[np.ndarray]) -> None:
+    dataset = find_dataset(folder)
+    assert len(dataset.pairs) == len(labels)
+    for pair, label in zip(dataset.pairs, labels, strict=True):
+        np.testing.assert_array_equal(read_label(pair, dataset), label)
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def test_masks_in_matlab_files_are_written_beside_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, labels = tmp_path / "data", [yard(k)[1] for k in range(8)]
+    (folder / "cls").mkdir(parents=True)
+    for k, label in enumerate(labels):
+        save(folder / "img" / f"{k}.jpg", yard(k)[0])
+        content = {"GTcls": {"Segmentation": label, "CategoriesPresent": np.arange(3)}}
+        scipy.io.savemat(folder / "cls" / f"{k}.mat", content)
+    said = run_lines(folder, monkeypatch)
+    assert "useg does not read .mat files" in said
+    assert "beside the images" in said
+    assert "pip install scipy" in said
+    check(folder, labels)
+
+
+def open_stub(path: Path) -> Any:
+    """Stand for a file of h5py: a context whose ``visititems`` calls back."""
+    arrays = {"pair/image": np.load(path)[..., :3], "pair/label": np.load(path)[..., 3]}
+
+    def visit(call: Callable[[str, Any], None]) -> None:
+        call("pair", SimpleNamespace())
+        for name, array in arrays.items():
+            call(name, array if path.suffix == ".h5" else array.T)
+
+    class Context:
+        def __enter__(self) -> Any:
+            return SimpleNamespace(visititems=visit)
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+    return Context()
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".mat"])
+def test_images_and_masks_in_hdf5_files_are_written_to_a_new_folder(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, labels = tmp_path / "data", [yard(k)[1] for k in range(8)]
+    for k, label in enumerate(labels):
+        write_npy(folder / f"{k}{suffix}", np.dstack([yard(k)[0], label]))
+    if suffix == ".mat":
+        monkeypatch.setattr("useg.data.unrecognized._MATLAB_HDF5", b"\x93NUMPY\x01\x00v\x00")
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=open_stub))
+    said = run_lines(folder, monkeypatch)
+    assert "to the folder OUT" in said
+    assert "pip install h5py" in said
+    check(tmp_path / "OUT", labels)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_nifti_volumes_become_stacks_of_slices(
+    channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = []
+    for k in range(3):
+        slices = [yard(10 * k + z) for z in range(6)]
+        grey = np.stack([image[..., 0] for image, _ in slices], 2).astype(np.float64)
+        image = grey if channels == 1 else np.stack([grey, grey / 2, grey / 3, grey], 3)
+        write_npy(tmp_path / f"data/imagesTr/la_{k}.nii.gz", image)
+        own = [label for _, label in slices]
+        write_npy(tmp_path / f"data/labelsTr/la_{k}.nii.gz", np.stack(own, 2).astype(np.int32))
+        labels += own
+
+    def load(path: Path) -> Any:
+        return SimpleNamespace(dataobj=np.load(path))
+
+    monkeypatch.setitem(sys.modules, "nibabel", SimpleNamespace(load=load))
+    assert "pip install nibabel tifffile" in run_lines(tmp_path / "data", monkeypatch)
+    check(tmp_path / "OUT", labels)
