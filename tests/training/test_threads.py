@@ -13,9 +13,8 @@ from made_training import StopAfter, make_disc_dataset, quick_settings, read_sco
 from torch import Tensor
 
 from useg.config import read_settings
-from useg.machine import OtherPrograms
 from useg.training import loop, threads
-from useg.training.threads import ThreadControl, fitting_threads, restored_threads
+from useg.training.threads import OtherPrograms, ThreadControl, fitting_threads, restored_threads
 from useg.training.trainer import Trainer
 
 
@@ -47,10 +46,10 @@ def test_threads_are_as_many_as_other_programs_leave_cores(
     assert fitting_threads(now, most, cores, others) == expected
 
 
-def test_programs_of_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cores_that_other_programs_use_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seconds in which a core was busy for 1.5 s, of which this process had 0.5 s."""
     seen = iter([(10.0, 100.0, 3.0), (12.0, 101.5, 3.5), None])
-    monkeypatch.setattr("useg.machine._read_processor_seconds", lambda: next(seen))
+    monkeypatch.setattr("useg.training.threads._read_processor_seconds", lambda: next(seen))
     programs = OtherPrograms()
     assert programs.cores() == 0.5
     assert programs.cores() is None
@@ -64,10 +63,11 @@ def test_busy_cores_are_those_that_this_process_may_use(
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     monkeypatch.setattr("os.sysconf", lambda name: 100)
     monkeypatch.setattr(
-        "useg.machine.time", SimpleNamespace(perf_counter=lambda: 1.0, process_time=lambda: 2.0)
+        "useg.training.threads.time",
+        SimpleNamespace(perf_counter=lambda: 1.0, process_time=lambda: 2.0),
     )
     monkeypatch.setattr("os.times", lambda: (2.0, 0.0, 0.5, 0.25, 9.0))
-    from useg.machine import _read_processor_seconds
+    from useg.training.threads import _read_processor_seconds
 
     assert _read_processor_seconds() == (1.0, 0.27, 2.75)
 

@@ -11,15 +11,17 @@ Sums depend on the number of threads in their last bits, so each change is store
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from useg.distributed import is_distributed
 from useg.errors import format_count
-from useg.machine import OtherPrograms, count_cores
+from useg.machine import count_cores
 
 # Other programs that use less than this share of a core take no thread away. A program that wants a
 # whole core gets at least two thirds of one, while this run has two threads on two cores.
@@ -31,6 +33,43 @@ MAX_IDLE_SHARE = 0.25
 # Cores are looked at after this many seconds, and at first for this long.
 WATCH_SECONDS = 1.0
 FIRST_WATCH_SECONDS = 0.1
+
+
+class OtherPrograms:
+    """How many cores other programs use, from one measurement to the next."""
+
+    def __init__(self) -> None:
+        self._last = _read_processor_seconds()
+
+    def cores(self) -> float | None:
+        """Return how many cores they have used since the last call; None where that is unknown.
+
+        Linux counts in hundredths of a second, so less than a tenth of a second says little.
+        """
+        last, self._last = self._last, _read_processor_seconds()
+        if not last or not self._last:
+            return None
+        seconds, busy, own = (now - before for now, before in zip(self._last, last, strict=True))
+        return max(0.0, busy - own) / max(1e-9, seconds)
+
+
+def _read_processor_seconds() -> tuple[float, float, float] | None:
+    """Return seconds now: of the clock, of the busy cores, and of this process on them.
+
+    Those of processes that it has started count as its own when they have ended.
+    """
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        rows = [line.split() for line in lines if line.partition(" ")[0] in allowed]
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        ticks = sum(int(row[k]) for row in rows for k in (1, 2, 3, 6, 7, 8))
+    except (OSError, ValueError, IndexError, AttributeError):
+        # Not Linux.
+        return None
+    children = os.times()[2:4]
+    own = time.process_time() + sum(children)
+    return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), own
 
 
 def fitting_threads(threads: int, most: int, cores: int, others: float) -> int:
