@@ -93,7 +93,7 @@ def find_renumbered(root: Path) -> list[Finding]:
 
 
 @pytest.mark.parametrize(("lacking", "is_stretched"), [((1, 3), False), ((2, 3), True)])
-def test_values_counted_anew_in_each_mask_are_found(
+def test_masks_that_were_renumbered_one_by_one_are_found(
     tmp_path: Path, lacking: tuple[int, ...], is_stretched: bool
 ) -> None:
     def renumber(label: np.ndarray, k: int) -> np.ndarray:

@@ -56,7 +56,7 @@ def read_range(first: int, last: int, folder: Path) -> tuple[list[str], int]:
     return found, readable
 
 
-def test_damaged_files_never_harm(tmp_path: Path) -> None:
+def test_damaged_files_are_read_or_refused_within_limits(tmp_path: Path) -> None:
     step = 20_000
     ranges = [
         (first, min(first + step, FILES), tmp_path / str(first)) for first in range(0, FILES, step)
@@ -103,7 +103,7 @@ def test_a_number_makes_the_same_file_again() -> None:
         ),
     ],
 )
-def test_the_watch_sees_what_it_watches_for(
+def test_the_check_finds_planted_faults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, sentence: str
 ) -> None:
     monkeypatch.setenv("USEG_FUZZ_FAULT", fault)

@@ -114,7 +114,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_read_quickly_is_what_pillow_reads(
+def test_the_fast_decoder_reads_what_pillow_reads(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = decode_image(ODD[name])
@@ -126,7 +126,7 @@ def test_what_is_read_quickly_is_what_pillow_reads(
     )
 
 
-def test_the_quick_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_decoder_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         PIL.ImageFile.ImageFile, "load", lambda opened: pytest.fail("Pillow decoded")
     )
@@ -134,7 +134,7 @@ def test_the_quick_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_image(ODD[name])
 
 
-def test_damage_is_told_as_ever() -> None:
+def test_damage_is_refused_with_the_usual_sentence() -> None:
     for cut in (60, len(ODD["plain"]) // 2, len(ODD["plain"]) - 40):
         with pytest.raises(UsageError, match="damaged or incomplete"):
             decode_image(ODD["plain"][:cut])

@@ -65,5 +65,7 @@ def test_a_hostile_file_costs_little(measure: Measure, name: str) -> None:
         ("pydicom", "dicom of precincts"),
     ],
 )
-def test_the_measure_sees_what_others_take(measure: Measure, reader: str, name: str) -> None:
+def test_the_measurement_shows_what_other_readers_take(
+    measure: Measure, reader: str, name: str
+) -> None:
     assert measure(reader, name)[2] > MEGABYTES

@@ -310,7 +310,7 @@ def test_missing_strips_are_not_filled_with_zeros(tmp_path):
     )
 
 
-def test_a_ring_of_pages_does_not_turn_for_ever():
+def test_a_circular_list_of_pages_is_refused():
     page = grey_tiff(2, 2, 4)
     size = 6 + 12 * len(page)
     refused(

@@ -35,7 +35,7 @@ POINTS = (34735, "H", 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 2, 3072, 0, 1,
         ((*UTM.tags[:2], (34735, "H", 8, (1, 1, 0, 1, 3072, 0, 1, 32767), True)), ""),
     ],
 )
-def test_places_are_rasterio_s(tags: tuple, crs: str, tmp_path: Path) -> None:
+def test_georeferences_equal_those_of_rasterio(tags: tuple, crs: str, tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, extratags=tags)
     place = read_georeference(tmp_path / "a.tif")
     assert place
@@ -47,7 +47,7 @@ def test_places_are_rasterio_s(tags: tuple, crs: str, tmp_path: Path) -> None:
     assert read_georeference(tmp_path / "b.tif") == place
 
 
-def test_files_that_do_not_say_where_they_lie(tmp_path: Path) -> None:
+def test_files_without_a_georeference_have_none(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", PIXELS)
     PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
     assert read_georeference(tmp_path / "a.tif") is read_georeference(tmp_path / "a.png") is None

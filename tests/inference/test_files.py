@@ -119,7 +119,7 @@ def write_pictures(folder: Path, image: str, mask: str, count: int = 4) -> None:
         ("img_{}.png", "GT_{}.png"),
     ],
 )
-def test_masks_beside_the_images_of_a_folder_are_left_out_aloud(
+def test_masks_next_to_the_images_of_a_folder_are_left_out_and_reported(
     image: str, mask: str, tmp_path: Path
 ) -> None:
     write_pictures(tmp_path, image, mask)
@@ -255,7 +255,9 @@ def test_openvino_in_several_threads(folder: Path, stored: Path, tmp_path: Path)
         torch.set_num_threads(before)
 
 
-def test_a_broken_picture_stops_nothing_and_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_broken_image_is_reported_and_the_others_are_labelled(
+    folder: Path, tmp_path: Path
+) -> None:
     (folder / "2.png").write_bytes(b"broken")
     (folder / "3.png").write_bytes(encode_png(np.zeros((4, 4), np.uint8)))
     write_four_bands(folder / "4.tif")
@@ -351,7 +353,7 @@ def test_models_that_do_not_know_their_training_images_name_none(
     assert predict(predictor, [str(folder)], tmp_path / "out").unlike == []
 
 
-def test_the_same_again_keeps_what_is_done(folder: Path, stored: Path, tmp_path: Path) -> None:
+def test_a_repeated_job_keeps_its_label_maps(folder: Path, stored: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def kept(**options: Any) -> int:
@@ -415,7 +417,9 @@ def test_nothing_of_another_model_is_kept(folder: Path, stored: Path, tmp_path: 
     )
 
 
-def test_a_namesake_of_the_same_size_and_time_is_labelled(stored: Path, tmp_path: Path) -> None:
+def test_another_image_of_the_same_name_size_and_time_is_labelled(
+    stored: Path, tmp_path: Path
+) -> None:
     for k, folder in enumerate((tmp_path / "a", tmp_path / "b")):
         folder.mkdir()
         content = encode_png(np.full((9, 9, 3), 50 + k, np.uint8))
@@ -540,7 +544,7 @@ def everything(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
-def test_killed_at_any_moment_the_same_again_ends_as_a_clean_run(
+def test_a_killed_job_that_is_repeated_ends_like_an_uninterrupted_one(
     run: Runner, tmp_path: Path
 ) -> None:
     count, shards, moments, more = (1000, 3, 20, ["--no-overlays"]) if SOAK else (24, 2, 3, [])

@@ -337,7 +337,7 @@ def test_good_files_are_read_and_their_memory_is_known(good: Path) -> None:
         assert logits.shape == (1, 13, side - 40, side - 40)
 
 
-def test_the_test_sees_a_reader_that_believes_the_graph(
+def test_the_test_fails_for_a_reader_that_trusts_the_graph(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = forge_onnx(good, ONNX_CHANGES["NaN"][0])

@@ -187,7 +187,7 @@ def test_small_regions_and_holes_are_removed_in_all_outputs(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["png", "tif"])
-def test_done_is_what_has_the_mark(form: str, tmp_path: Path) -> None:
+def test_an_image_is_done_if_its_label_map_has_the_mark(form: str, tmp_path: Path) -> None:
     target = write(tmp_path, OutputOptions(form), mark="model 1")
     assert is_done(target, "model 1")
     assert not is_done(target, "model 2")

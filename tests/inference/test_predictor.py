@@ -48,7 +48,7 @@ def test_forced_windows_give_the_same_labels(padding: str) -> None:
     )
 
 
-def test_works_at_its_size_and_enlarges_the_logits_not_the_labels() -> None:
+def test_prediction_at_the_working_size_enlarges_logits_not_labels() -> None:
     model = make_model(working=WorkingSize((32, 24)))
     image = random_image(96, 128)
     reduced = torch.from_numpy(resize_image(image, (32, 24))).permute(2, 0, 1)[None]
@@ -150,7 +150,9 @@ def test_files_of_every_kind_fit_a_colour_model(
     assert (predictor(read_image(tmp_path / name)) == predictor(same_as)).all()
 
 
-def test_deep_files_do_not_fit_a_model_of_8_bits_nor_the_other_way_round(tmp_path: Path) -> None:
+def test_files_of_16_bits_do_not_fit_a_model_of_8_bits_nor_the_other_way_round(
+    tmp_path: Path,
+) -> None:
     PIL.Image.fromarray(DEEP).save(tmp_path / "deep.png")
     with pytest.raises(
         UsageError,
@@ -184,7 +186,7 @@ def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:
     st.tuples(st.integers(1, 5), st.integers(1, 5)),
     st.sampled_from([view for views in AUGMENTATIONS.values() for view in views]),
 )
-def test_an_answer_is_turned_back_as_the_picture_was_turned(
+def test_the_output_of_a_rotated_image_is_rotated_back(
     shape: tuple[int, int], view: AugmentedView
 ) -> None:
     image = random_image(*shape)

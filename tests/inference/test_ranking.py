@@ -190,7 +190,7 @@ def test_the_csv_file_lists_the_ranking(folder: tuple[KnownScenes, Path], tmp_pa
     assert seen[-1] == (15, 15)
 
 
-def test_a_broken_picture_is_named_and_stops_nothing(tmp_path: Path) -> None:
+def test_a_broken_image_is_reported_and_the_others_are_ranked(tmp_path: Path) -> None:
     predictor = make_predictor(make_model())
     for k in range(2):
         write_picture(

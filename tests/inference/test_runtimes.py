@@ -90,7 +90,7 @@ def test_agreement_counts_labels() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_runtime_answers_as_torch_does(name: str, forms: StoredModel) -> None:
+def test_every_runtime_computes_what_torch_computes(name: str, forms: StoredModel) -> None:
     skip_if_missing(name)
     runtime = start_runtime(forms, name)
     assert (runtime.name, runtime.description) == (name, forms.description)

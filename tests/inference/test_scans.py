@@ -170,7 +170,7 @@ def test_there_are_several_blocks_and_windows_of_one_size():
     assert np.prod(sizes.pop()) <= 20_000
 
 
-def test_overviews_are_there_for_all_who_read_them(tmp_path):
+def test_overviews_are_read_by_other_programs(tmp_path):
     predictor = make_predictor(make_model())
     tifffile.imwrite(tmp_path / "a.tif", textured_image(301, 407), tile=(64, 64), photometric="rgb")
     predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")

@@ -226,7 +226,7 @@ def test_an_ome_zarr_is_one_image_and_not_a_folder_of_images(tmp_path):
         assert [path.name for path in find_images(sources)] == ["a.zarr", "b.png", "c"]
 
 
-def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypatch):
+def test_a_job_keeps_finished_label_maps_and_repeats_changed_ones(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
     monkeypatch.setattr(
         "useg.inference.files.predictor_fingerprint", lambda predictor, wanted: "this model"
@@ -337,7 +337,7 @@ def test_damaged_zarrs_are_refused_in_one_sentence(tmp_path, spoil, message):
         {"filters": [{"id": "vlen-utf8"}, {"id": "pickle"}], "dtype": "|O"},
     ],
 )
-def test_nothing_that_a_file_says_is_run(tmp_path, change):
+def test_no_code_in_a_file_is_run(tmp_path, change):
     folder = write(tmp_path / "a.zarr", textured_image(70, 90), version="0.4")
     edited(folder / "full", ".zarray", change)
     for path in (folder / "full").rglob("[0-9]*"):

@@ -88,7 +88,7 @@ def test_tiled_equals_whole(data: st.DataObject) -> None:
 
 @settings(max_examples=200 if SOAK else 20)
 @given(st.data())
-def test_any_block_of_the_answer_can_be_computed_alone(data: st.DataObject) -> None:
+def test_any_block_of_the_output_can_be_computed_alone(data: st.DataObject) -> None:
     run, geometry = unet(
         data.draw(st.integers(1, 3), "depth"),
         data.draw(st.sampled_from(["valid", "same"]), "padding"),
@@ -140,7 +140,7 @@ def test_windows_are_really_used_and_of_one_size_and_several_at_a_time(padding: 
     }
 
 
-def test_several_images_are_computed_together_and_answered_apart() -> None:
+def test_a_batch_of_images_gives_the_outputs_of_single_images() -> None:
     run, geometry = unet(2, "same")
     images = [noise(40, 60), noise(90, 130), noise(37, 57), noise(38, 59), noise(40, 60)]
     counts = []
@@ -214,7 +214,7 @@ def test_the_chosen_tile_fits_and_computes_no_more_than_others(
     assert (chosen == 0) == (np.prod(size(0)) <= 1_000_000)
 
 
-def test_less_memory_than_the_smallest_window_takes_it_all_the_same() -> None:
+def test_the_smallest_window_is_used_even_if_it_exceeds_the_memory() -> None:
     _, geometry = unet(4, "same")
     assert tiles.choose_tile(4000, 3000, geometry, 1) == tiles.window_size(1, geometry)
 

@@ -41,7 +41,7 @@ def network(reach: float):
     return run
 
 
-def test_more_margin_agrees_more_and_the_exact_one_wholly() -> None:
+def test_agreement_grows_with_the_margin_and_the_exact_margin_agrees_everywhere() -> None:
     curve = measure_overlaps(network(12), IMAGE, GEOMETRY, [0, 16, 32, 64, REACH])
     shares = [margin.agreement for margin in curve]
     assert shares == sorted(shares)

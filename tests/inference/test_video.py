@@ -269,7 +269,7 @@ def test_smoothing_calms_a_noisy_picture_that_stands_still(predictor: Predictor)
     assert 0 < smoothed < plain / 2
 
 
-def test_smoothing_starts_anew_where_the_picture_changes(predictor: Predictor) -> None:
+def test_smoothing_restarts_where_the_image_changes(predictor: Predictor) -> None:
     frames = still_film(3)
     cut = [*frames[:2], Frame(255 - frames[2].image, Fraction(1), 2, 1, Fraction(1, 30), 3)]
     labelled = list(label_frames(predictor, iter(cut), 0.9))

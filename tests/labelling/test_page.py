@@ -210,7 +210,7 @@ def test_next_opens_an_image_without_strokes_and_previous_goes_back(
         page.wait_for_selector(f"#image-name:text-is('{name}')")
 
 
-def test_an_answer_from_before_does_not_undo_a_take_over(page: Any, site: LabelSite) -> None:
+def test_an_earlier_response_does_not_undo_a_takeover(page: Any, site: LabelSite) -> None:
     held: list[tuple[Any, Any]] = []
     site.session.join("another browser", take=True)
     page.route("**/state", lambda route: held.append((route, route.fetch())))

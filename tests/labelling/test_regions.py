@@ -69,7 +69,7 @@ def test_superpixels_keep_to_the_edges_of_objects() -> None:
     assert not patch[numbers == 0].any()
 
 
-def test_a_models_answer_separates_what_has_one_colour() -> None:
+def test_probabilities_separate_objects_of_one_colour() -> None:
     image = np.full((60, 80, 3), 120, np.uint8)
     answers = np.zeros((2, 60, 80), np.float32)
     answers[0, :, :40] = answers[1, :, 40:] = 1

@@ -197,7 +197,7 @@ def fake_answer(
     own._suggestions[k, number] = Suggestion(ids, ids, ids, number)
 
 
-def test_a_finished_image_is_scored_with_what_was_said_before_its_first_stroke(
+def test_a_finished_image_is_scored_with_the_prediction_before_its_first_stroke(
     site: LabelSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth, first = scene(0)[1], scene(3)[1]

@@ -174,7 +174,7 @@ def test_the_last_model_is_the_mean_of_its_weights_before_and_after(
     assert {float(value) for each in weights for value in each.unique()} == {2.5}
 
 
-def test_a_training_that_is_stopped_keeps_what_it_has_learnt(
+def test_stopped_training_keeps_what_it_has_learned(
     site: LabelSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paint(site, 0, 1)

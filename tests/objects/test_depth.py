@@ -170,7 +170,7 @@ def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:
     assert "min_object_pixels" not in predictor.runtime.description.provenance
 
 
-def test_objects_without_a_truth_that_tells_them_apart_are_refused(tmp_path: Path) -> None:
+def test_learning_objects_is_refused_where_masks_do_not_distinguish_them(tmp_path: Path) -> None:
     data = numbered_dataset(tmp_path)
     for path in (data / "masks").iterdir():
         mask = np.asarray(Image.open(path)) > 0

@@ -42,7 +42,7 @@ def made_levels(seed: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
     return find_levels((smooth > 0.45).astype(np.uint8), 8 * (smooth - 0.6).astype(np.float32), [1])
 
 
-def test_touching_discs_are_kept_apart() -> None:
+def test_touching_discs_are_separated() -> None:
     objects = discs((40, 60), [(18, 15), (18, 33), (25, 50)], 9)
     found, count = number(levels_of(objects))
     assert count == 3

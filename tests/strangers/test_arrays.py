@@ -137,7 +137,7 @@ def test_one_image_of_a_large_array_is_read_alone(tmp_path: Path) -> None:
         ((6, 2, HEIGHT, WIDTH, 3), "neither an image"),
     ],
 )
-def test_what_an_array_declares_is_not_believed(
+def test_the_declared_shape_of_an_array_is_checked(
     tmp_path: Path, shape: tuple[int, ...], message: str
 ) -> None:
     images, _ = stack(0, 12)

@@ -151,7 +151,7 @@ def test_two_levels_get_the_names_of_ids_0_and_1(tmp_path: Path) -> None:
     assert (table.names, table.values) == (("ground", "hut"), (0, 255))
 
 
-def test_a_class_that_means_not_labelled_is_ignored_aloud(tmp_path: Path) -> None:
+def test_a_class_that_means_not_labelled_is_ignored_and_reported(tmp_path: Path) -> None:
     write_yards(tmp_path, lambda label: label)
     (tmp_path / "labels.csv").write_text("id,name\n0,Unlabeled\n1,hut\n2,lawn\n3,ball\n")
     dataset = decide(tmp_path)
@@ -186,7 +186,7 @@ def write_carla(root: Path, ids: list[int]) -> Path:
         ([11, 3, 1, 24], {"Sky", "Building", "Roads", "RoadLine"}),
     ],
 )
-def test_the_versions_of_carla_are_told_apart(
+def test_the_versions_of_carla_are_distinguished(
     tmp_path: Path, ids: list[int], names: set[str]
 ) -> None:
     dataset = find_dataset(write_carla(tmp_path, ids))

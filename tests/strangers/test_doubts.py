@@ -15,7 +15,7 @@ from useg.scoring.regions import regions
 pytestmark = pytest.mark.wheel
 
 
-def test_masks_of_disjoint_classes_are_not_weighed_by_edges(tmp_path: Path) -> None:
+def test_masks_of_disjoint_classes_are_not_compared_by_edges(tmp_path: Path) -> None:
     for k in range(6):
         # The weeds have edges in the image, and what is planted has none.
         weeds, planted, valid = np.zeros((3, HEIGHT, WIDTH), bool)
@@ -104,7 +104,7 @@ def write_cells(root: Path, are_kinds: bool) -> None:
         save(root / "masks" / f"{k}.png", np.stack([values, 0 * values, 0 * values], axis=2))
 
 
-def test_values_that_only_tell_neighbours_apart_are_asked_about(tmp_path: Path) -> None:
+def test_values_that_only_distinguish_neighbours_are_asked_about(tmp_path: Path) -> None:
     write_cells(tmp_path, are_kinds=False)
     assert "the regions of all values but 0 look alike" in find_dataset(tmp_path).notes[0]
     (tmp_path / "dataset.toml").write_text(
@@ -201,7 +201,7 @@ def test_folders_that_only_masks_have_may_be_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["masks/p{k}_mask_{n}.png", "masks/p{k}/{n}.png"])
-def test_opinions_about_one_object_are_not_joined(tmp_path: Path, name: str) -> None:
+def test_masks_of_several_annotators_are_not_joined(tmp_path: Path, name: str) -> None:
     for k in range(5):
         image, numbers = blobs(k, 3)
         save(tmp_path / "images" / f"p{k}.png", image)

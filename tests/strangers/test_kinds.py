@@ -190,7 +190,7 @@ def test_names_that_count_from_one_are_not_given_to_masks_that_count_from_zero(
 
 
 @pytest.mark.parametrize("noise", [0.02, 1.0])
-def test_noisy_black_and_white_is_two_classes_and_mended(tmp_path: Path, noise: float) -> None:
+def test_noisy_black_and_white_is_two_classes_and_repaired(tmp_path: Path, noise: float) -> None:
     def noisy(label: np.ndarray, k: int) -> np.ndarray:
         rng = np.random.default_rng(k)
         change = rng.integers(0, 4, label.shape) * (rng.random(label.shape) < noise)
@@ -219,7 +219,7 @@ def test_ids_beside_high_ids_that_do_not_count_stay_classes(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("value", [0, 7])
-def test_a_border_between_all_areas_is_said(tmp_path: Path, value: int) -> None:
+def test_a_border_between_all_areas_is_reported(tmp_path: Path, value: int) -> None:
     def bordered(label: np.ndarray, _: int) -> np.ndarray:
         drawn = label + 1
         drawn[1:][label[1:] != label[:-1]] = value
@@ -557,7 +557,7 @@ def test_images_of_two_scales_are_an_error(tmp_path: Path, dtype: type, factor: 
     assert "mixed scales" in kinds(tmp_path)
 
 
-def test_masks_with_red_and_blue_exchanged_are_found_and_mended(tmp_path: Path) -> None:
+def test_masks_with_red_and_blue_exchanged_are_found_and_repaired(tmp_path: Path) -> None:
     def exchanged(label: np.ndarray, k: int) -> np.ndarray:
         return np.ascontiguousarray(COLORS[label][..., :: -1 if k % 3 == 1 else 1])
 
@@ -571,7 +571,9 @@ def test_masks_with_red_and_blue_exchanged_are_found_and_mended(tmp_path: Path) 
     assert len(find_dataset(tmp_path / "out").classes) == 4
 
 
-def test_a_table_of_colours_in_the_other_order_names_the_classes_aloud(tmp_path: Path) -> None:
+def test_a_table_of_colours_in_the_other_order_names_the_classes_and_is_reported(
+    tmp_path: Path,
+) -> None:
     write(tmp_path, lambda label, _: np.ascontiguousarray(COLORS[label][..., ::-1]))
     rows = [f"{name},{r},{g},{b}" for name, (r, g, b) in zip(NAMES, COLORS.tolist(), strict=True)]
     (tmp_path / "classes.csv").write_text("\n".join(["name,r,g,b", *rows]))
@@ -645,7 +647,7 @@ def test_two_sets_with_names_of_their_own_are_both_read(tmp_path: Path) -> None:
     assert {pair.image.parent.parent == pair.mask.parent.parent for pair in dataset.pairs} == {True}
 
 
-def test_annotations_beside_masks_are_said_and_can_be_taken(tmp_path: Path) -> None:
+def test_annotations_next_to_masks_are_reported_and_can_be_used(tmp_path: Path) -> None:
     write(tmp_path, image="images/{k}.jpg")
     images = [{"id": k, "file_name": f"{k}.jpg", "width": 48, "height": 32} for k in range(8)]
     shape = {"category_id": 1, "segmentation": [[1, 1, 20, 1, 20, 20]], "iscrowd": 0, "area": 190}
@@ -659,7 +661,7 @@ def test_annotations_beside_masks_are_said_and_can_be_taken(tmp_path: Path) -> N
     assert "hut" in find_dataset(tmp_path).classes.names
 
 
-def test_names_without_ids_are_said_in_their_order(tmp_path: Path) -> None:
+def test_names_without_ids_are_reported_in_their_order(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "classes.txt").write_text("\n".join(NAMES))
     assert "(0 sky, 1 house, 2 lawn and 3 ball)" in find_dataset(tmp_path).notes[0]

@@ -342,7 +342,9 @@ def test_training_refuses_what_inspect_calls_an_error_unless_forced(
     assert api.train(tmp_path / "data", tmp_path / "run", force=True) == "trained"
 
 
-def test_sound_data_are_surveyed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_without_errors_are_surveyed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
     write_yards(tmp_path / "data", lambda label, _: label, 12)
     save(tmp_path / "data" / "images" / "photoc.png", 255 - yard(2)[0])
@@ -358,7 +360,7 @@ def test_sound_data_are_surveyed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert again == doubts
 
 
-def test_masks_without_annotations_are_said_and_can_be_ignored(tmp_path: Path) -> None:
+def test_masks_without_annotations_are_reported_and_can_be_ignored(tmp_path: Path) -> None:
     write_yards(tmp_path, lambda label, k: label if k % 3 else label * 0)
     dataset = decide(tmp_path)
     assert "3 of 8 masks are 0 everywhere, such as 'photoa.png'" in dataset.notes[-1]
@@ -370,7 +372,7 @@ def test_masks_without_annotations_are_said_and_can_be_ignored(tmp_path: Path) -
     assert inspect_dataset(tmp_path).ignore_share == pytest.approx(3 / 8)
 
 
-def test_images_without_shapes_are_said_and_can_be_ignored(tmp_path: Path) -> None:
+def test_images_without_shapes_are_reported_and_can_be_ignored(tmp_path: Path) -> None:
     entries, shapes = [], []
     for k in range(6):
         save(tmp_path / "images" / f"photo{chr(97 + k)}.png", yard(k)[0])
@@ -469,7 +471,7 @@ def test_thin_things_that_end_at_edges_are_classes(tmp_path: Path) -> None:
     assert decide(tmp_path).classes.values == (0, 1, 2)
 
 
-def test_strokes_of_one_class_are_said(tmp_path: Path) -> None:
+def test_strokes_of_one_class_are_reported(tmp_path: Path) -> None:
     write_yards(tmp_path, lambda label, k: (scribble(label, k) == 1).astype(np.uint8))
     assert "scribble on the background too" in decide(tmp_path).notes[0]
 

@@ -35,7 +35,7 @@ def changed(change: PixelChange) -> torch.Tensor:
     return apply_changes(images(), [change, plain()], LIMIT, LIMIT)
 
 
-def test_the_default_look_changes_nothing() -> None:
+def test_the_default_photometric_change_changes_nothing() -> None:
     assert torch.allclose(changed(plain()), images(), atol=1e-3)
 
 
@@ -50,7 +50,7 @@ def test_the_default_look_changes_nothing() -> None:
         {"colors": np.full((3, 3), 1 / 3, np.float32)},
     ],
 )
-def test_a_look_changes_its_own_crop_alone(change: dict[str, object]) -> None:
+def test_a_photometric_change_applies_to_its_own_crop_alone(change: dict[str, object]) -> None:
     result = changed(replace(plain(), **change))  # type: ignore[arg-type]
     assert not torch.allclose(result[0], images()[0], atol=1)
     assert torch.allclose(result[1], images()[1], atol=1e-3)

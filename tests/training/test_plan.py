@@ -106,7 +106,9 @@ def test_images_whose_labels_may_be_anywhere_keep_their_resolution(tmp_path: Pat
     assert (chosen.data.scale, chosen.data.crop, chosen.train.flips) == (1.0, (256, 256), "all")
 
 
-def test_whole_scenes_get_another_look_a_narrow_zoom_and_a_low_encoder_rate(tmp_path: Path) -> None:
+def test_whole_scenes_get_photometric_changes_a_narrow_zoom_and_a_low_encoder_rate(
+    tmp_path: Path,
+) -> None:
     scenes = planned(make_street_dataset(tmp_path / "scenes"))
     parts = planned(make_disc_dataset(tmp_path / "parts"))
     assert (scenes.settings.train.photometric, parts.settings.train.photometric) == (0.25, 0.0)
@@ -118,7 +120,7 @@ def test_whole_scenes_get_another_look_a_narrow_zoom_and_a_low_encoder_rate(tmp_
 
 
 @pytest.mark.parametrize(("light", "strength"), [(4.0, 0.0), (1.2, 0.25)])
-def test_whole_scenes_that_show_other_light_themselves_get_no_other_look(
+def test_whole_scenes_that_already_differ_in_light_get_no_photometric_changes(
     light: float, strength: float, tmp_path: Path
 ) -> None:
     dataset = make_street_dataset(tmp_path / "data")

@@ -29,7 +29,7 @@ def test_position_without_recounts_is_the_step() -> None:
     assert [Schedule(7).position(step) for step in range(8)] == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-def test_recount_spreads_the_rest_of_the_course_over_the_remaining_steps() -> None:
+def test_recount_spreads_the_rest_of_the_schedule_over_the_remaining_steps() -> None:
     schedule = Schedule(10)
     schedule.recount(4, 3)
     assert (schedule.steps, schedule.planned_steps, schedule.recounts) == (7, 10, ((4, 10),))
@@ -225,7 +225,7 @@ def test_time_that_jumps_past_its_end_leaves_a_short_cool_down(
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES.keys())
-def test_first_measurement_that_was_held_up_ends_no_run(
+def test_a_delayed_first_measurement_ends_no_run(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_right(simulate(replace(machine, first_speed=0.01), monkeypatch))

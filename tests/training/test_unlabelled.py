@@ -133,7 +133,7 @@ def text(k: int) -> np.ndarray:
         (6, text, "show nothing"),
     ],
 )
-def test_what_is_no_image_of_a_place_is_refused_before_training(
+def test_images_that_show_no_place_are_refused_before_training(
     count: int, draw: Callable[[int], np.ndarray], reason: str, data: Path, tmp_path: Path
 ) -> None:
     folder = write_images(tmp_path / "images", count, draw)
