@@ -161,27 +161,8 @@ def read_split_lists(files: Sequence[Path], pairs: Sequence[Pair], root: Path) -
     Raises:
         DataError: An image is in two lists.
     """
-    groups: dict[Path, list[_SplitList]] = defaultdict(list)
-    with_folds: list[Path] = []
-    # Where there are more, each image has one.
-    counts = Counter((path.parent, path.suffix) for path in files)
-    for path in files:
-        is_few = counts[path.parent, path.suffix] <= _MAX_FILES_OF_A_SUFFIX
-        listed, has_folds = read_split_file(path) if is_few or has_split_word(path) else ({}, False)
-        with_folds += [path] if has_folds else []
-        split = split_of_list(path.stem)
-        if len(listed) > 1:
-            groups[path] += [_SplitList(path, each, tuple(listed[each])) for each in listed]
-        elif split and (path.suffix.lower() != ".json" or split in listed):
-            lines = tuple(listed[split]) if split in listed else None
-            groups[path.parent].append(_SplitList(path, split, lines))
-    names = _names_of(pairs, root) if groups else {}
-    folders = _folders_of(pairs, root) if groups else {}
-    best: tuple[dict[Pair, str], tuple[Path, ...]] = ({}, ())
-    for folder in sorted(groups, key=lambda path: (path.name != "Segmentation", path)):
-        found = _read_group(groups[folder], names, folders)
-        best = found if len(found[0]) > len(best[0]) else best
-    splits, used = best
+    groups, with_folds = _group_lists(files)
+    splits, used = _read_best_group(groups, pairs, root) if groups else ({}, ())
     is_split = any(pair.split for pair in pairs)
     if is_split and "val" not in splits.values():
         # Such lists say no more than the folders.
@@ -191,19 +172,49 @@ def read_split_lists(files: Sequence[Path], pairs: Sequence[Pair], root: Path) -
         return ListedSplits(tuple(pairs), (), notes)
     rest = "" if is_split else "gap" if "train" in splits.values() else "train"
     num_rest = len(pairs) - len(splits)
-    shown = ", ".join(path.name for path in used)
-    what = {"gap": "left out", "train": "for training"}.get(rest, "in the split of their folder")
-    unlisted = f"{format_count(num_rest, 'image')} not listed in {shown}: {what}"
-    return ListedSplits(
-        tuple(
-            pair
-            if pair.split == "test"
-            else replace(pair, split=splits.get(pair, pair.split or rest))
-            for pair in pairs
-        ),
-        used,
-        (unlisted, *notes) if num_rest else notes,
-    )
+    if num_rest:
+        where = {"gap": "left out", "train": "for training"}
+        what = where.get(rest, "in the split of their folder")
+        shown = ", ".join(path.name for path in used)
+        notes = (f"{format_count(num_rest, 'image')} not listed in {shown}: {what}", *notes)
+    found = []
+    for pair in pairs:
+        split = splits.get(pair, pair.split or rest)
+        found.append(pair if pair.split == "test" else replace(pair, split=split))
+    return ListedSplits(tuple(found), used, notes)
+
+
+def _group_lists(files: Sequence[Path]) -> tuple[dict[Path, list[_SplitList]], list[Path]]:
+    """Return the lists of each folder, or of one file with several, and the files with folds."""
+    groups: dict[Path, list[_SplitList]] = defaultdict(list)
+    with_folds: list[Path] = []
+    counts = Counter((path.parent, path.suffix) for path in files)
+    for path in files:
+        listed: dict[str, list[str]] = {}
+        # Where there are many files, each image has one.
+        is_few = counts[path.parent, path.suffix] <= _MAX_FILES_OF_A_SUFFIX
+        if is_few or has_split_word(path):
+            listed, has_folds = read_split_file(path)
+            with_folds += [path] if has_folds else []
+        split = split_of_list(path.stem)
+        if len(listed) > 1:
+            groups[path] += [_SplitList(path, each, tuple(listed[each])) for each in listed]
+        elif split and (path.suffix.lower() != ".json" or split in listed):
+            lines = tuple(listed[split]) if split in listed else None
+            groups[path.parent].append(_SplitList(path, split, lines))
+    return groups, with_folds
+
+
+def _read_best_group(
+    groups: Mapping[Path, Sequence[_SplitList]], pairs: Sequence[Pair], root: Path
+) -> tuple[dict[Pair, str], tuple[Path, ...]]:
+    """Return the splits by the lists that name most pairs, and these lists."""
+    names, folders = _names_of(pairs, root), _folders_of(pairs, root)
+    best: tuple[dict[Pair, str], tuple[Path, ...]] = ({}, ())
+    for place in sorted(groups, key=lambda path: (path.name != "Segmentation", path)):
+        found = _read_group(groups[place], names, folders)
+        best = found if len(found[0]) > len(best[0]) else best
+    return best
 
 
 def _describe_unused_lists(

@@ -144,35 +144,44 @@ def _pair_arrays(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
     arrays = [path for path in files[: _MAX_ARRAYS + 1] if not holds_python_objects(path)]
     if not 2 <= len(arrays) <= _MAX_ARRAYS:
         return None
-    found: dict[tuple[str, ...], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    splits: dict[Path, str] = {}
-    for path in arrays:
-        name = path.relative_to(root).with_suffix("").as_posix()
-        words, role = split_name(name.casefold()), role_of_array(name)
-        key = {word for word in words if word.isalnum() and not role_of_array(word)}
-        splits[path] = next((SPLIT_FOLDERS[word] for word in sorted(key & {*SPLIT_FOLDERS})), "")
-        found[tuple(sorted(key))][role].append(path)
-    parts = [part for part in found.values() if part["image"] and part["mask"]]
-    images = [path for part in found.values() for path in part["image"]]
-    is_clear = all(len(part["image"]) == len(part["mask"]) == 1 for part in parts)
-    if not parts or not is_clear:
+    groups, splits = _group_arrays(arrays, root)
+    complete = [group for group in groups if group["image"] and group["mask"]]
+    is_clear = all(len(group["image"]) == len(group["mask"]) == 1 for group in complete)
+    if not complete or not is_clear:
         return None
-    if all(count_pages(part["image"][0], part["mask"][0])[0] == 1 for part in parts):
+    chosen = [(group["image"][0], group["mask"][0]) for group in complete]
+    if all(count_pages(image, mask)[0] == 1 for image, mask in chosen):
         return None
-    pairs = [
-        Pair(image, mask, splits[image])
-        for part in parts
-        for image, mask in zip(part["image"], part["mask"], strict=True)
-    ]
-    rest = [path for path in images if path not in {pair.image for pair in pairs}]
+    pairs = [Pair(image, mask, splits[image]) for image, mask in chosen]
+    paired = {pair.image for pair in pairs}
+    rest = [path for group in groups for path in group["image"] if path not in paired]
     alone, notes = leave_for_prediction(rest, splits, {pair.split for pair in pairs})
     return DetectedLayout(
         "arrays",
         tuple(sorted(pairs, key=lambda pair: natural_key(pair.image))),
         alone,
-        tuple(path for part in found.values() if not part["image"] for path in part["mask"]),
+        tuple(path for group in groups if not group["image"] for path in group["mask"]),
         notes=notes,
     )
+
+
+def _group_arrays(
+    arrays: Sequence[Path], root: Path
+) -> tuple[list[dict[str, list[Path]]], dict[Path, str]]:
+    """Group arrays whose names differ only by their role.
+
+    Returns:
+        For each group, role (``image``, ``mask`` or ``""``) -> arrays; and the split of each array.
+    """
+    groups: dict[tuple[str, ...], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    splits: dict[Path, str] = {}
+    for path in arrays:
+        name = path.relative_to(root).with_suffix("").as_posix()
+        words = split_name(name.casefold())
+        others = {word for word in words if word.isalnum() and not role_of_array(word)}
+        splits[path] = next((SPLIT_FOLDERS[word] for word in sorted(others & {*SPLIT_FOLDERS})), "")
+        groups[tuple(sorted(others))][role_of_array(name)].append(path)
+    return list(groups.values()), splits
 
 
 def role_of_array(name: str) -> str:

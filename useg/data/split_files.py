@@ -11,7 +11,7 @@ import io
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,7 +195,10 @@ class _SplitColumns:
 
 
 def _find_split_columns(rows: Sequence[Sequence[str]]) -> _SplitColumns | None:
-    """Find the columns of a table that give its images splits, or None."""
+    """Find the columns of a table that give its images splits, or None.
+
+    That is a column with the split of each image, or columns called like the splits.
+    """
     if len(rows) < 2 or len(rows[0]) > _MAX_COLUMNS:
         return None
     header = [re.sub(r"[\s-]+", "_", cell.strip().casefold()) for cell in rows[0]]
@@ -216,6 +219,23 @@ def _find_split_columns(rows: Sequence[Sequence[str]]) -> _SplitColumns | None:
         image = next(iter(others), None) if image is None else image
         splits = dict.fromkeys(usual[:1] or named, SPLIT_FOLDERS)
         return None if image is None else _SplitColumns(image, splits, has_header)
+    by_flags = _find_flag_columns(header, below, image)
+    if by_flags is not None:
+        return by_flags
+    has_folds = image is not None and any(map(_FOLD_COLUMN.fullmatch, header))
+    return _SplitColumns(image, {}, has_folds=True) if has_folds or len(named) > 1 else None
+
+
+def _find_flag_columns(
+    header: Sequence[str], below: Sequence[Set[str]], image: int | None
+) -> _SplitColumns | None:
+    """Find columns called like splits: with flags beside the images, or lists of the images.
+
+    Args:
+        header: The names of the columns.
+        below: The different cells below each of them.
+        image: The column that names images, or None.
+    """
     flags = {
         k: SPLIT_FOLDERS[match[1]]
         for k, name in enumerate(header)
@@ -229,8 +249,7 @@ def _find_split_columns(rows: Sequence[Sequence[str]]) -> _SplitColumns | None:
         return _SplitColumns(image, meanings)
     if image is None and len(set(flags.values())) > 1 and "train" in flags.values():
         return _SplitColumns(None, flags)
-    has_folds = image is not None and any(map(_FOLD_COLUMN.fullmatch, header))
-    return _SplitColumns(image, {}, has_folds=True) if has_folds or len(named) > 1 else None
+    return None
 
 
 def _name_in_list(item: Any) -> str:
