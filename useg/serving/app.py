@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -156,11 +157,28 @@ def application(
     )
 
 
-def _prediction_routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["prediction"])
+@dataclass(frozen=True)
+class _Prediction:
+    """The prediction of the images in one request.
 
-    async def read_uploads(request: Request) -> list[Upload]:
+    Args:
+        service: predicts them.
+        request: has them in its body.
+        response_format: that of the response.
+    """
+
+    service: Service
+    request: Request
+    response_format: ResponseFormat
+
+    @property
+    def reservation(self) -> Reservation:
+        """The memory that is reserved for the request."""
+        return self.service.uploads.reservation(self.request)
+
+    async def read_uploads(self) -> list[Upload]:
         """Read the files of a form, or any other body as one file."""
+        service, request = self.service, self.request
         content = await service.uploads.read(request, service.limits.upload_bytes)
         if not content:
             raise HTTPException(
@@ -170,86 +188,82 @@ def _prediction_routes(service: Service) -> APIRouter:
         if not is_form(request):
             return [Upload("the image", content)]
         kind, most = request.headers["content-type"], service.limits.images
-        reservation = service.uploads.reservation(request)
-        queue = service.queue_for(len(content))
-        return await queue.run(lambda: parse_form(content, kind, most), len(content), reservation)
+        queue, size = service.queue_for(len(content)), len(content)
+        return await queue.run(lambda: parse_form(content, kind, most), size, self.reservation)
 
-    async def predict_all(
-        request: Request, uploads: Sequence[Upload], response_format: ResponseFormat
-    ) -> list[EncodedPrediction]:
+    async def predict(self, uploads: Sequence[Upload]) -> list[EncodedPrediction]:
         """Check the size of every image, and of the whole response, before any is decoded."""
-        reservation = service.uploads.reservation(request)
-        gzip = "gzip" in request.headers.get("accept-encoding", "")
-        if len(uploads) == 1 and not service.is_large(len(uploads[0].content)):
-            size, prediction = await predict_if_small(
-                reservation, uploads[0], response_format, gzip
-            )
+        reservation, prediction = self.reservation, None
+        if len(uploads) == 1 and not self.service.is_large(len(uploads[0].content)):
+            size, prediction = await self._predict_if_small(uploads[0])
             sizes = [size]
         else:
-            prediction = None
             sizes = await gather_or_cancel(
-                functools.partial(declare, reservation, each) for each in uploads
+                functools.partial(self._read_size, upload) for upload in uploads
             )
         pixels = sum(width * height for width, height in sizes)
-        add_log_fields(request, pixels=pixels)
+        add_log_fields(self.request, pixels=pixels)
         if prediction is not None:
             reservation.hold_response(prediction.size)
             return [prediction]
-        num_classes = len(service.predictor.classes)
-        reservation.hold_response(responses.known_size(response_format, pixels, num_classes))
+        reservation.hold_response(self._known_size(pixels))
         return await gather_or_cancel(
-            functools.partial(predict_one, reservation, upload, size, response_format, gzip)
+            functools.partial(self._predict_one, upload, size)
             for upload, size in zip(uploads, sizes, strict=True)
         )
 
-    async def predict_if_small(
-        reservation: Reservation, upload: Upload, response_format: ResponseFormat, gzip: bool
+    async def _predict_if_small(
+        self, upload: Upload
     ) -> tuple[tuple[int, int], EncodedPrediction | None]:
         """Check the size of an image, and predict it in the same turn of a thread if it is small.
 
         A second turn would wait once more for a thread, and twice for the event loop.
         """
+        service = self.service
 
         def work() -> tuple[tuple[int, int], EncodedPrediction | None]:
             size = declared_size(upload, service.limits.pixels)
-            encoding = responses.encoding_bytes(response_format, *size)
-            num_classes = len(service.predictor.classes)
-            is_held_first = responses.known_size(response_format, 1, num_classes) > 0
-            needed = service.work_bytes(*size) + encoding
+            needed, encoding = self._needed_bytes(size)
+            is_held_first = self._known_size(1) > 0
             if is_held_first or service.is_large(len(upload.content), needed, encoding):
                 return size, None
-            return size, responses.predict_upload(
-                service.predictor, upload, response_format, service.limits, gzip
-            )
+            return size, self._compute(upload)
 
-        return await service.queue.run(work, service.small_work_bytes, reservation)
+        return await service.queue.run(work, service.small_work_bytes, self.reservation)
 
-    async def declare(reservation: Reservation, upload: Upload) -> tuple[int, int]:
-        size = len(upload.content)
+    async def _read_size(self, upload: Upload) -> tuple[int, int]:
+        service, size = self.service, len(upload.content)
         return await service.queue_for(size).run(
-            lambda: declared_size(upload, service.limits.pixels), size, reservation
+            lambda: declared_size(upload, service.limits.pixels), size, self.reservation
         )
 
-    async def predict_one(
-        reservation: Reservation,
-        upload: Upload,
-        size: tuple[int, int],
-        response_format: ResponseFormat,
-        gzip: bool,
-    ) -> EncodedPrediction:
-        encoding = responses.encoding_bytes(response_format, *size)
-        needed = service.work_bytes(*size) + encoding
-        prediction = await service.queue_for(len(upload.content), needed, encoding).run(
-            lambda: responses.predict_upload(
-                service.predictor, upload, response_format, service.limits, gzip
-            ),
-            needed,
-            reservation,
-        )
-        num_classes = len(service.predictor.classes)
-        counted = responses.known_size(response_format, size[0] * size[1], num_classes)
-        reservation.hold_response(prediction.size, counted)
+    async def _predict_one(self, upload: Upload, size: tuple[int, int]) -> EncodedPrediction:
+        needed, encoding = self._needed_bytes(size)
+        queue = self.service.queue_for(len(upload.content), needed, encoding)
+        prediction = await queue.run(lambda: self._compute(upload), needed, self.reservation)
+        self.reservation.hold_response(prediction.size, self._known_size(size[0] * size[1]))
         return prediction
+
+    def _compute(self, upload: Upload) -> EncodedPrediction:
+        service = self.service
+        gzip = "gzip" in self.request.headers.get("accept-encoding", "")
+        return responses.predict_upload(
+            service.predictor, upload, self.response_format, service.limits, gzip
+        )
+
+    def _needed_bytes(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the memory for an image of this size, and how much of it encoding takes."""
+        encoding = responses.encoding_bytes(self.response_format, *size)
+        return self.service.work_bytes(*size) + encoding, encoding
+
+    def _known_size(self, pixels: int) -> int:
+        """Return the bytes of a response if they follow from its pixels; otherwise 0."""
+        num_classes = len(self.service.predictor.classes)
+        return responses.known_size(self.response_format, pixels, num_classes)
+
+
+def _prediction_routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["prediction"])
 
     @router.post(
         "/predict",
@@ -258,15 +272,14 @@ def _prediction_routes(service: Service) -> APIRouter:
     )
     async def predict(request: Request, format: FormatQuery = None) -> Response:
         response_format = responses.negotiate_format(format, request.headers.get("accept", ""))
-        uploads = await read_uploads(request)
+        prediction = _Prediction(service, request, response_format)
+        uploads = await prediction.read_uploads()
         if len(uploads) > 1:
             raise HTTPException(
                 400, f"the form has {len(uploads)} files; send one, or send them to /predict/batch"
             )
-        (prediction,) = await cancel_on_disconnect(
-            request, predict_all(request, uploads, response_format)
-        )
-        return PiecesResponse(prediction, {"vary": "accept, accept-encoding"} | prediction.headers)
+        (found,) = await cancel_on_disconnect(request, prediction.predict(uploads))
+        return PiecesResponse(found, {"vary": "accept, accept-encoding"} | found.headers)
 
     @router.post(
         "/predict/batch",
@@ -275,15 +288,12 @@ def _prediction_routes(service: Service) -> APIRouter:
     )
     async def predict_batch(request: Request, format: FormatQuery = None) -> Response:
         response_format = format or ResponseFormat.JSON
-        uploads = await read_uploads(request)
+        prediction = _Prediction(service, request, response_format)
+        uploads = await prediction.read_uploads()
         service.queue.check_capacity(min(len(uploads), IMAGES_AT_A_TIME))
-        predictions = await cancel_on_disconnect(
-            request, predict_all(request, uploads, response_format)
-        )
+        found = await cancel_on_disconnect(request, prediction.predict(uploads))
         bundle = await service.queue.run(
-            lambda: responses.bundle_predictions(predictions, response_format),
-            0,
-            service.uploads.reservation(request),
+            lambda: responses.bundle_predictions(found, response_format), 0, prediction.reservation
         )
         return PiecesResponse(bundle, bundle.headers)
 
