@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_strangers import HEIGHT, WIDTH, yard
+import tifffile
+from made_strangers import COLORS, HEIGHT, WIDTH, save, yard
 
 from useg.data.dataset import Dataset, pair_name, read_label, read_sample
 from useg.data.layouts import find_dataset
@@ -218,3 +219,44 @@ def test_a_volume_whose_slices_may_lie_along_its_last_axis_is_told(
         assert f"read as {size} images of {depth}x{size} pixels" in notes[0]
         apply_advice(notes[0], [tmp_path / "images" / "a.npy", tmp_path / "masks" / "a.npy"])
         assert_labels(find_dataset(tmp_path), np.moveaxis(label, -1, 0))
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_few_grey_images_in_one_array_are_read_if_their_masks_have_ids(
+    number: int, tmp_path: Path
+) -> None:
+    images, labels = stack(0, number)
+    save_array(tmp_path / "images" / "a.npy", images[..., 0])
+    save_array(tmp_path / "masks" / "a.npy", labels)
+    assert_labels(find_dataset(tmp_path), labels)
+
+
+CHANNELS: dict[str, Change] = {
+    "one-hot": lambda labels: np.moveaxis(np.eye(4, dtype=np.uint8)[labels], -1, 0),
+    "overlapping": lambda labels: np.stack([labels >= k for k in range(3)]).astype(np.uint8),
+    "equal": lambda labels: np.stack([labels] * 3),
+    "colours": lambda labels: np.moveaxis(COLORS[labels], -1, 0),
+}
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_bands_of_one_mask_are_not_few_masks(kind: str, tmp_path: Path) -> None:
+    mask = CHANNELS[kind](yard(0)[1])
+    noise = np.random.default_rng(0).integers(0, 256, mask.shape, np.uint8)
+    save_array(tmp_path / "images" / "a.npy", noise)
+    save_array(tmp_path / "masks" / "a.npy", mask)
+    assert count_pages(tmp_path / "images" / "a.npy", tmp_path / "masks" / "a.npy") == (1, 1)
+
+
+def test_a_tiff_of_rows_as_pages_is_told(tmp_path: Path) -> None:
+    for k in range(3):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k}.tif", np.dstack([image, image[..., :2]]))
+        save(tmp_path / "masks" / f"{k}.tif", label)
+    with pytest.raises(DataError, match="tifffile saved row by row") as raised:
+        find_dataset(tmp_path, strict=False)
+    command = str(raised.value).partition("in Python: ")[2]
+    for path in (tmp_path / "images").iterdir():
+        exec(command, {"tifffile": tifffile, "file": path})
+    assert read_image(tmp_path / "images" / "0.tif").shape[2] == 5
+    assert_labels(find_dataset(tmp_path), np.stack([yard(k)[1] for k in range(3)]))

@@ -38,6 +38,15 @@ def decide(root: Path) -> Dataset:
 
 
 FILES_OF_IDS = {
+    "itksnap_labels.txt": "# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL\n"
+    + "".join(
+        f'    {k}   {r}  {g}  {b}        {k / 4:g}  1  1    "{name}"\n'
+        for k, (name, (r, g, b), _) in enumerate(ROWS)
+    ),
+    "Slicer.ctbl": "# Color table file\n# 4 values\n"
+    + "".join(f"{k} {name} {r} {g} {b} 255\n" for k, (name, (r, g, b), _) in enumerate(ROWS)),
+    "mapping.csv": "class_name,label_key,has_instance,hex\n"
+    + "".join(f"{name},{k},0,{color}\n" for k, (name, _, color) in enumerate(ROWS)),
     "_classes.csv": "Pixel Value, Class\n" + "".join(f"{k}, {n}\n" for k, n in enumerate(NAMES)),
     "codes.txt": "".join(f"{name}\n" for name in NAMES),
     "labels.txt": "".join(f"{k}: {name}\n" for k, name in enumerate(NAMES)),

@@ -26,7 +26,18 @@ from useg.folders import list_files
 from useg.images.files import list_image_files
 from useg.parsing import decode_text, parse_yaml, read_limited
 
-NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")
+NAME_FILE_SUFFIXES = (
+    ".csv",
+    ".txt",
+    ".tsv",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".xml",
+    ".qml",
+    ".names",
+    ".ctbl",
+)
 _MAX_BYTES = 1 << 20
 # 255 classes need less. Without libyaml, a megabyte of YAML takes ten seconds; a table takes five.
 _MAX_YAML_BYTES, _MAX_TABLE_BYTES = 1 << 15, 1 << 17
@@ -55,7 +66,7 @@ _NAME_KEYS = (
 )
 _ID_KEYS = (
     *("id", "value", "pixel value", "pixel_value", "label_id", "class_id", "index", "idx", "code"),
-    *("pixel", "ids", "label id", "class id", "trainid", "train_id", "number"),
+    *("pixel", "ids", "label id", "class id", "trainid", "train_id", "number", "label_key"),
 )
 _COLOR_KEYS = (
     *("color", "colour", "color_rgb", "rgb", "hex", "color_hex", "hex_color", "palette"),
@@ -67,6 +78,9 @@ _CHANNELS = (("r", "red"), ("g", "green"), ("b", "blue"))
 _IN_BRACKETS = re.compile(r"[(\[{]([\d\s,;.]+)[)\]}]")
 _ID, _IN_NAME = re.compile(r"\d{1,5}"), re.compile(r"[^\d\s,;:|]")
 _SHARE = re.compile(r"0?\.\d+|1\.0+|\d(\.\d+)?e-0*[1-9]\d*")
+# Of a row in the tables of 3D Slicer and FreeSurfer (id, colour, alpha), and of ITK-SNAP, which
+# adds two columns and may give alpha as a fraction.
+_TABLE_NUMBERS = (5, 6, 7)
 _HEX_COLOR = re.compile(r"(?:#|0x)([0-9a-fA-F]{6})(?:[0-9a-fA-F]{2})?")
 _UNLABELLED = re.compile(
     r"void|ignored?|ignore[ _-]?label|un-?label+ed|not[ _-]?label+ed|no[ _-]?data|unknown"
@@ -267,7 +281,8 @@ def _split_spaces(text: str) -> list[str]:
     """``"64 128 64 traffic light"`` -> ``["64", "128", "64", "traffic light"]``."""
     words = text.split()
     is_number = [
-        _to_int(word) is not None or _HEX_COLOR.fullmatch(word) is not None for word in words
+        _to_int(word) is not None or bool(_HEX_COLOR.fullmatch(word) or _SHARE.fullmatch(word))
+        for word in words
     ]
     if not any(is_number) or all(is_number):
         return words if all(is_number) else [text]
@@ -296,10 +311,16 @@ def _class_of_row(row: Sequence[str], header: Mapping[str, int]) -> Iterator[Nam
 def _class_without_header(row: Sequence[str]) -> Iterator[NamedClass]:
     numbers = [number for number in map(_to_int, row) if number is not None]
     hexes = [color for part in row if (color := _to_color(part))]
-    names = [part for part in row if _to_int(part) is None and not _HEX_COLOR.fullmatch(part)]
+    names = [
+        part
+        for part in row
+        if _to_int(part) is None and not (_HEX_COLOR.fullmatch(part) or _SHARE.fullmatch(part))
+    ]
     if not names:
         return
     starts_with_id = _to_int(row[0]) is not None
+    if starts_with_id and len(numbers) in _TABLE_NUMBERS:
+        yield NamedClass(names[0], numbers[0], _to_color(numbers[1:4]))
     if len(numbers) == 4:
         number, *parts = numbers if starts_with_id else [numbers[3], *numbers[:3]]
         yield NamedClass(names[0], number, _to_color(parts))

@@ -52,7 +52,7 @@ from useg.data.truth import OpenChoiceError
 from useg.data.unrecognized import describe_unrecognized
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.folders import cached_walks, list_files, walk_folders
-from useg.images.files import count_pages, read_npy_shape
+from useg.images.files import count_pages, read_npy_shape, read_size
 from useg.images.formats import ALL_PAGES, STACK_SUFFIXES
 from useg.parsing import open_file
 
@@ -297,6 +297,27 @@ def _describe_volume(path: Path) -> Iterator[str]:
         )
 
 
+def _are_rows(pair: Pair, images: int, masks: int) -> bool:
+    """Whether the pages of an image have the size of the rows of its mask."""
+    return masks == 1 < images and read_size(pair.mask) == (read_size(pair.image, 0)[1], images)
+
+
+def _describe_page_counts(pair: Pair, images: int, masks: int) -> str:
+    """Say that an image has more or fewer pages than its mask."""
+    if _are_rows(pair, images, masks):
+        return (
+            f"image '{pair.image}' has {images} pages of the size of its mask's rows: it seems to "
+            "be an array (H, W, C) that tifffile saved row by row; save it as one image, in "
+            "Python: tifffile.imwrite(file, tifffile.imread(file), photometric='minisblack', "
+            "planarconfig='contig')"
+        )
+    return (
+        f"image '{pair.image}' has {format_count(images, 'page')}, but its mask '{pair.mask}' has "
+        f"{masks}; each page needs a mask (up to {_MAX_BAND_PAGES} pages with one mask are the "
+        "bands of one image)"
+    )
+
+
 def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
     suffixes = {pair.image.suffix.lower(), pair.mask.suffix.lower()}
     if pair.truth is not None or STACK_SUFFIXES.isdisjoint(suffixes):
@@ -308,11 +329,8 @@ def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
             yield replace(pair, page=ALL_PAGES)
             return
         if images != masks:
-            raise DataError(
-                f"image '{pair.image}' has {format_count(images, 'page')}, but its mask "
-                f"'{pair.mask}' has {masks}; each page needs a mask (up to {_MAX_BAND_PAGES} pages "
-                "with one mask are the bands of one image)"
-            )
+            strict = strict or _are_rows(pair, images, masks)
+            raise DataError(_describe_page_counts(pair, images, masks))
     except UsageError:
         if strict:
             raise

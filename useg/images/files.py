@@ -58,6 +58,8 @@ _NPY_HEADER_BYTES = 64
 # Two arrays of the same shape are stacks of grey images and masks if they have at least this many
 # images, whose sides have at least this many pixels.
 _MIN_GREY_PAGES, _MIN_GREY_SIDE = 5, 16
+# Three bands with values up to this are ids of three masks; colours have higher values.
+_MAX_FEW_IDS = 31
 
 # Indices of a palette that are looked up at once: as 64-bit numbers they fit into a processor's
 # cache.
@@ -370,7 +372,8 @@ def count_pages(image: Path, mask: Path) -> tuple[int, int]:
         with open_image_file(path) as file:
             counts.append(stored_pages(file))
             shapes.append(find_npy_shape(file))
-    if shapes[0] == shapes[1] and len(shapes[0]) == 3 and _are_pages(shapes[0]):
+    are_alike = shapes[0] == shapes[1] and len(shapes[0]) == 3
+    if are_alike and (_are_pages(shapes[0]) or _are_few_masks(mask, shapes[1])):
         return shapes[0][0], shapes[0][0]
     for own, other in ((0, 1), (1, 0)):
         shape, same = shapes[own], (shapes[other][1:3], shapes[other][2:4])
@@ -407,6 +410,22 @@ def list_pages(path: Path, num_bands: int) -> Sequence[int | None]:
     is_grey = num_bands == 1 and len(shape) == 3 and shape[0] <= shape[2] and _are_pages(shape)
     count = shape[0] if is_grey else count
     return range(count) if count > 1 else [None]
+
+
+def _are_few_masks(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether an array of two to four bands has ids that no mask of one image stores in bands.
+
+    Such a mask stores two values in a band for each class, equal bands, or three of colours.
+    """
+    count, height, width = shape
+    if not 2 <= count < _MIN_GREY_PAGES or min(height, width) < _MIN_GREY_SIDE:
+        return False
+    with open_image_file(path) as file:
+        pixels = decode(file).pixels
+    are_two = len(np.unique(pixels)) <= 2
+    are_equal = (pixels == pixels[..., :1]).all()
+    are_ids = pixels.dtype.kind in "bui" and (count != 3 or pixels.max() <= _MAX_FEW_IDS)
+    return bool(are_ids and not are_two and not are_equal)
 
 
 def _are_pages(shape: tuple[int, ...]) -> bool:

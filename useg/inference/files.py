@@ -30,7 +30,7 @@ import torch
 from useg.errors import DataError, SettingsError, UsageError, format_count
 from useg.files import MAX_NAME_BYTES, clear_drafts, refuse_same_names
 from useg.folders import natural_key
-from useg.images.files import Image, list_pages, read_image_and_missing
+from useg.images.files import Image, list_pages, read_image_and_missing, read_size
 from useg.images.formats import ALL_PAGES, IMAGE_SUFFIXES, STACK_SUFFIXES, clear_errors
 from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import (
@@ -418,9 +418,11 @@ def _describe_pages(images: Sequence[LabelledImage]) -> list[str]:
     notes = []
     if stacks:
         path, count = next(iter(stacks.items()))
-        are = f"'{path}' is a stack of {count} pages"
+        width, height = read_size(path, 0)
+        size = f"{count} pages of {width}x{height} pixels"
+        are = f"'{path}' is a stack of {size}"
         if len(stacks) > 1:
-            are = f"{len(stacks)} files are stacks, such as '{path}' of {count} pages"
+            are = f"{len(stacks)} files are stacks, such as '{path}' of {size}"
         notes.append(
             f"{are}; each page has a label map of its own, {pages[0].label.name} to "
             f"{pages[count - 1].label.name}"
