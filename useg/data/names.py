@@ -291,7 +291,7 @@ def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -
     Args:
         files: The files, at least one.
         root: The folder that the glob begins in.
-        known: All files. The glob is as short as possible without those that lie beside ``files``.
+        known: All files. The glob matches no other file in the folders of ``files``, if possible.
 
     >>> files = [Path("d/a/x1_m.png"), Path("d/b/x2_m.png")]
     >>> common_glob(files, Path("d")), common_glob(files, Path("d"), [*files, Path("d/a/x1.png")])
@@ -304,17 +304,24 @@ def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -
     if len(set(map(len, folders))) > 1:
         constant = next((k for k, text in enumerate(shared) if text == "*"), fewest)
         shared = [*shared[:constant], "**"]
-    suffixes = {path.suffix for path in inside}
-    suffix = suffixes.pop() if len(suffixes) == 1 else ".*"
     places, own = {path.parent for path in files}, set(files)
-    beside = [path for path in known if path.parent in places and path not in own]
-    start, end = _common_ends([path.stem for path in inside])
-    names = [f"*{suffix}", f"*{end}{suffix}", f"{start}*{suffix}", f"{start}*{end}{suffix}"]
-    if len({path.name for path in inside}) == 1:
-        whole = glob.escape(inside[0].name)
-        names = [whole] if len(inside) == 1 else [names[0], whole]
-    fitting = (name for name in names if not any(fnmatchcase(path.name, name) for path in beside))
-    return "/".join((*shared, next(fitting, names[-1])))
+    others = [path.name for path in known if path.parent in places and path not in own]
+    name = ""
+    for name in _globs_of_names(inside):
+        if not any(fnmatchcase(other, name) for other in others):
+            break
+    return "/".join((*shared, name))
+
+
+def _globs_of_names(files: Sequence[Path]) -> list[str]:
+    """Return globs for the names of files, the shortest one first and the most exact one last."""
+    suffixes = {path.suffix for path in files}
+    suffix = suffixes.pop() if len(suffixes) == 1 else ".*"
+    if len({path.name for path in files}) == 1:
+        whole = glob.escape(files[0].name)
+        return [whole] if len(files) == 1 else [f"*{suffix}", whole]
+    start, end = _common_ends([path.stem for path in files])
+    return [f"*{suffix}", f"*{end}{suffix}", f"{start}*{suffix}", f"{start}*{end}{suffix}"]
 
 
 def _common_folder(names: Sequence[str]) -> str:

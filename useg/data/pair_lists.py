@@ -103,17 +103,7 @@ def _find_file(cell: str, tails: _Tails) -> Path | None:
 def _read_table(table: Path, tails: _Tails) -> _Listed | None:
     """Return the pairs of a table; None if no two of its columns name files."""
     try:
-        content = read_limited(table, _MAX_LIST_BYTES)
-        num_rows = content.count(b"\n") + content.count(b"\r")
-        if num_rows > _MAX_ROWS + _MAX_ROWS_PER_FILE * len(tails):
-            return None
-        separators = max(map(content.count, (b"\t", b";", b","))) or content.count(b" ")
-        if num_rows + separators > _MAX_CELLS:
-            return None
-        text = decode_text(content)
-        lines = (line for line in io.StringIO(text, newline=None) if not line.startswith("#"))
-        read = _split_json if table.suffix.lower() in _JSON_SUFFIXES else split_rows
-        rows = [row for row in read(lines) if any(map(str.strip, row))]
+        rows = _read_rows(table, _MAX_ROWS + _MAX_ROWS_PER_FILE * len(tails))
     except (OSError, ValueError, csv.Error):
         return None
     if len(rows) < 2:
@@ -137,6 +127,26 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
     return _Listed(*(tuple(column) for column in zip(*found, strict=True))) if found else None
 
 
+def _read_rows(table: Path, most: int) -> list[list[str]]:
+    """Return the rows of a table that are not empty; none if there are very many rows or cells.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is too large, or not a table.
+        csv.Error: A cell is very long.
+    """
+    content = read_limited(table, _MAX_LIST_BYTES)
+    num_rows = content.count(b"\n") + content.count(b"\r")
+    num_separators = max(map(content.count, (b"\t", b";", b","))) or content.count(b" ")
+    if num_rows > most or num_rows + num_separators > _MAX_CELLS:
+        return []
+    text = io.StringIO(decode_text(content), newline=None)
+    lines = (line for line in text if not line.startswith("#"))
+    is_json = table.suffix.lower() in _JSON_SUFFIXES
+    rows = _split_json(lines) if is_json else split_rows(lines)
+    return [row for row in rows if any(map(str.strip, row))]
+
+
 def _split_json(lines: Iterable[str]) -> Iterator[list[str]]:
     """Yield the keys of the first line's texts, and then the texts of every line.
 
@@ -157,11 +167,11 @@ def _split_json(lines: Iterable[str]) -> Iterator[list[str]]:
 
 def _columns_of_files(rows: Sequence[Sequence[str]], tails: _Tails) -> Iterator[int]:
     """Yield the columns that name files, another one in each row."""
-    looked_at = pick_evenly(rows, _NUM_SAMPLED_ROWS)
-    for k in range(min(map(len, looked_at))):
-        found = [_find_file(row[k], tails) for row in looked_at]
+    sampled = pick_evenly(rows, _NUM_SAMPLED_ROWS)
+    for k in range(min(map(len, sampled))):
+        found = [_find_file(row[k], tails) for row in sampled]
         named = [path for path in found if path is not None]
-        if len(set(named)) >= max(2, _MIN_NAMED * len(looked_at)):
+        if len(set(named)) >= max(2, _MIN_NAMED * len(sampled)):
             yield k
 
 

@@ -169,12 +169,7 @@ def _find_run_columns(rows: Sequence[list[str]]) -> _RunColumns | None:
         k: [row[k] for row in rows if len(row) > k and row[k] not in _EMPTY]
         for k in range(len(header))
     }
-    are_runs = [k for k in cells if all(map(_RUNS.match, cells[k]))]
-    runs = [k for k in are_runs if _RUNS_HEADER.search(header[k])]
-    if not any(cells[k] for k in runs):
-        # Columns called like their classes; two numbers alone may be anything.
-        several = any(map(_FEW_RUNS.match, (cell for k in are_runs for cell in cells[k])))
-        runs = are_runs if several else []
+    runs = _choose_columns_of_runs(header, cells)
     names = [(k, name) for k, name in enumerate(header) if k not in runs]
     image = next((k for k, name in names if _IMAGE_HEADER.fullmatch(name)), None)
     kind = next((k for k, name in names if k != image and _CLASS_HEADER.fullmatch(name)), None)
@@ -186,6 +181,24 @@ def _find_run_columns(rows: Sequence[list[str]]) -> _RunColumns | None:
         return _RunColumns(image, full[:1], kind, [""])
     kinds = [_RUNS_HEADER.sub("", header[k], count=1).strip(" _-.:()[]") for k in runs]
     return _RunColumns(image, runs, None, kinds)
+
+
+def _choose_columns_of_runs(
+    header: Sequence[str], cells: Mapping[int, Sequence[str]]
+) -> Sequence[int]:
+    """Return the columns of run lengths: those called so, or all if they are called like classes.
+
+    Args:
+        header: The names of the columns.
+        cells: The cells of each column that are not empty.
+    """
+    possible = [k for k in cells if all(map(_RUNS.match, cells[k]))]
+    called_so = [k for k in possible if _RUNS_HEADER.search(header[k])]
+    if any(cells[k] for k in called_so):
+        return called_so
+    # Two numbers alone may be anything.
+    has_runs = any(_FEW_RUNS.match(cell) for k in possible for cell in cells[k])
+    return possible if has_runs else []
 
 
 def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotations:
