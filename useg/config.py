@@ -425,7 +425,7 @@ def read_settings(path: Path) -> Settings:
     train = content.get("train")
     if "provenance" in content and isinstance(train, dict):
         for version in _LATER_VERSIONS:
-            # A line that the user has removed is planned anew; an older file has none of them.
+            # A line that the user has removed is planned again; an older file has none of them.
             if not version.keys() & train.keys():
                 content["train"] = {**version, **content["train"]}
     return _checked({key: value for key, value in content.items() if key != "provenance"})

@@ -492,7 +492,7 @@ def in_compute_thread(
 ) -> Callable[[Input], Result]:
     """Return a function that computes the same, always in one thread, whichever thread calls it.
 
-    cuDNN chooses its kernels anew in each thread, and compiles some of them: EfficientNet takes
+    cuDNN chooses its kernels again in each thread, and compiles some of them: EfficientNet takes
     seconds the first time. Nor can it do so while a graph is recorded.
 
     Args:

@@ -47,9 +47,9 @@ def tune() -> None:
     images/s if threads spin and at 5.6 if they sleep. On an idle machine they keep spinning, which
     is a sixth faster (22.6 against 18.7 images/s, the course's network).
 
-    glibc is set to keep large blocks of memory. By default it maps every tensor above 32 MB anew,
-    and each of its pages faults again, which costs training 13 % and inference 20 to 30 %. Other C
-    libraries are left alone.
+    glibc is set to keep large blocks of memory. By default it maps new memory for each tensor above
+    32 MB, so each page of the tensor faults again, which costs training 13 % and inference 20 to 30
+    %. Other C libraries are left alone.
 
     When Python ends, it looks for garbage among all objects that PyTorch has loaded, which takes
     almost half a second. They are left to the system.

@@ -255,8 +255,8 @@ def label_frames(
         frames: The frames.
         smooth: Where the image is still (``MAX_STILL_DIFFERENCE``), the probabilities of a frame
             are ``smooth`` times the average so far and ``1 - smooth`` times its own. Where it
-            changes they are its own, so nothing trails behind moving objects and a cut starts
-            anew.
+            changes they are its own, so nothing trails behind moving objects, and nothing
+            is blended across a cut.
     """
     image: Image | None = None
     label: Label | None = None

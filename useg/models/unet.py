@@ -291,7 +291,7 @@ class UNet(nn.Module):
 def crop(skip: Tensor, x: Tensor) -> Tensor:
     """Crop ``skip`` at its centre to the height and width of ``x``.
 
-    This is a padding by a negative number: the gradient of a slice is laid out anew, channels
+    This is a padding by a negative number: the gradient of a slice is copied, channels
     first, which costs a sixth of a training step. How much is cut off depends on the level alone,
     not on the size.
     """
