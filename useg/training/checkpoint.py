@@ -54,7 +54,7 @@ MAX_STEPS = 10**9
 # Exceptions of PyTorch and Python for a damaged file.
 DAMAGE = RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError
 LOG_NAME = "log.jsonl"
-# A row takes some hundred bytes.
+# A row takes some hundred bytes. Whatever stands behind a longer one is no log.
 _MAX_ROW_BYTES = 1 << 16
 
 # Saving may take this share of the training time, and happens at most this often.
@@ -520,7 +520,7 @@ def _read_log(path: Path, num_steps: int) -> list[LogRow]:
     """Return the rows of the first ``num_steps`` steps, one each, and cut off the others."""
     rows: list[LogRow] = []
     with _explain_write_errors(path.parent), suppress(FileNotFoundError), open_file(path) as file:
-        while line := file.readline(_MAX_ROW_BYTES):
+        while 0 < len(line := file.readline(_MAX_ROW_BYTES)) < _MAX_ROW_BYTES:
             row = _parse_row(line.decode("utf-8", "replace"))
             if row and (rows[-1]["step"] if rows else 0) < row["step"] <= num_steps:
                 rows.append(row)
