@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import tifffile
 from made_inference import make_model, make_model_of, make_predictor
+from made_strangers import yard
 
 from useg.cli import main
 from useg.errors import DataError
 from useg.images import files as image_files
 from useg.images.files import read_mask
 from useg.inference import files
-from useg.inference.files import predict
+from useg.inference.files import find_sources, predict
 from useg.inference.outputs import OutputOptions
 from useg.models.segmenter import save_model
 
@@ -215,3 +216,15 @@ def test_the_command_says_how_it_read_a_stack(
     printed = capsys.readouterr().out
     assert "5 label maps in" in printed
     assert "z.tif' is a stack of 4 pages of 30x20 pixels; each page has a label map" in printed
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".npy"])
+def test_stacks_of_masks_beside_stacks_of_images_are_left_out(suffix: str, tmp_path: Path) -> None:
+    write = write_pages if suffix == ".tif" else np.save
+    for k in range(3):
+        images, labels = zip(*(yard(10 * k + page) for page in range(6)), strict=True)
+        write(tmp_path / f"v{k}{suffix}", np.stack(images)[..., 0])
+        write(tmp_path / f"v{k}_mask{suffix}", np.stack(labels))
+    found = find_sources([str(tmp_path)])
+    assert [path.name for path in found.images] == [f"v{k}{suffix}" for k in range(3)]
+    assert [path.name for path in found.left_out] == [f"v{k}_mask{suffix}" for k in range(3)]

@@ -24,7 +24,8 @@ from useg.data.dataset import pick_evenly
 from useg.data.names import MASK_WORDS, split_name
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
-from useg.images.files import read_image, read_mask
+from useg.images.files import list_pages, read_image, read_mask
+from useg.images.formats import STACK_SUFFIXES
 
 # Images whose masks are compared, and points of each.
 _NUM_SAMPLES = 6
@@ -147,13 +148,20 @@ def read_points(path: Path) -> NDArray[np.int64] | None:
 def is_photograph(path: Path) -> bool | None:
     """Return whether neighbouring pixels mostly differ, as in a photograph; None if unreadable."""
     try:
-        pixels = read_image(path)
+        is_stack = path.suffix.lower() in STACK_SUFFIXES
+        pixels = read_image(path, page=_middle_page(path) if is_stack else None)
     except UsageError:
         return None
     strip = pixels[:: max(1, pixels.shape[0] // _GRID)]
     if strip.shape[1] < 2:
         return None
     return bool((strip[:, 1:] != strip[:, :-1]).any(axis=2).mean() > _NOISE)
+
+
+def _middle_page(path: Path) -> int | None:
+    """Return the page in the middle of a stack, which is seldom empty; None for one image."""
+    pages = list_pages(path, 1)
+    return pages[len(pages) // 2]
 
 
 def is_two_valued(path: Path) -> bool:
