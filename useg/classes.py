@@ -49,7 +49,7 @@ class ClassTable:
         ignore: further values in mask files, which become ``IGNORE``; colours as ``0xRRGGBB`` when
             ``by_color``.
         by_color: mask files are RGB images that store ``colors`` instead of ids.
-        objects: ids of the classes whose objects are told apart; None if they are not known.
+        objects: ids of the classes whose objects are separated; None if they are not known.
 
     Raises:
         DataError: there are no classes or more than 255, the lists differ in length, a name,
@@ -165,7 +165,7 @@ def pack_colors(pixels: NDArray[Any]) -> NDArray[np.int32]:
 
 
 def spread_colors(count: int) -> tuple[Color, ...]:
-    """Return ``count`` colours that are easy to tell apart.
+    """Return ``count`` colours that are easy to distinguish.
 
     Black comes first, then hues a golden angle apart.
     """
@@ -295,7 +295,7 @@ def read_classes(path: Path) -> ClassTable:
     """Read ``classes.toml``.
 
     The file has one ``[[class]]`` per class with ``name`` and, optionally, ``value`` (what masks
-    store), ``color`` and ``objects`` (true if the class consists of objects that are told apart,
+    store), ``color`` and ``objects`` (true if the class consists of objects that are separated,
     such as cells). ``ignore = [11]`` lists further values that do not count; ``by_color = true``
     says that masks store the colours.
 

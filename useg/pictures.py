@@ -31,7 +31,7 @@ Picture = NDArray[np.uint8]  # (H, W, 3)
 TrainingLog = Sequence[Mapping[str, Any]]
 
 # Colours of `draw_difference`. Their lightness differs so much that every kind of colour vision,
-# and a grey print, can tell them apart.
+# and a grey print, distinguishes them.
 CORRECT_COLOR: Color = (27, 31, 39)
 WRONG_COLOR: Color = (255, 176, 0)
 IGNORED_COLOR: Color = (126, 131, 140)

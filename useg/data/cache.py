@@ -44,7 +44,7 @@ class CachedSample:
     """One sample: image ``(h, w, C)`` and label ``(h, w)`` at the working size.
 
     ``native`` is the label ``(H, W)`` at its own size; None unless it was asked for. ``missing``
-    says where the image has no data ``(h, w)``; it is not kept. If objects are told apart,
+    says where the image has no data ``(h, w)``; it is not kept. If objects are separated,
     ``label`` is uint16 and holds their depths, too (:func:`pack_target`).
     """
 

@@ -416,7 +416,7 @@ def read_objects(pair: Pair, dataset: Dataset) -> NDArray[np.int32]:
     connected = np.where(objects > 0, regions(objects) + 1, 0).astype(np.int32)
     owners = np.unique(np.stack([objects, connected])[:, objects > 0], axis=1)[0]
     num_regions = np.unique(owners, return_counts=True)[1]
-    # If most values have several regions, they only tell neighbours apart.
+    # If most values have several regions, they only distinguish neighbours.
     return connected if 2 * (num_regions > 1).sum() > len(num_regions) else objects
 
 
@@ -428,7 +428,7 @@ def _keep_object_classes(
 
 
 def object_classes(dataset: Dataset) -> tuple[int, ...]:
-    """Return the classes that consist of objects; none if the truth does not tell objects apart.
+    """Return the classes of which the truth distinguishes objects.
 
     ``classes.toml`` decides. Otherwise they are all classes but the background, if the masks number
     objects or if there is one mask for each; and those of drawn shapes of which an image that has

@@ -377,8 +377,8 @@ def _describe_possible_numbers(
         return []
     return [
         "the regions of all values but 0 look alike: they have the same sizes, places and "
-        "brightness, so the values may only tell neighbouring objects apart; if so, set objects = "
-        "true in dataset.toml, otherwise ignore this note"
+        "brightness, so the values may only distinguish neighbouring objects; if so, set "
+        "objects = true in dataset.toml, otherwise ignore this note"
     ]
 
 

@@ -57,7 +57,7 @@ from useg.errors import DataError, format_count
 from useg.folders import natural_key
 from useg.images.files import count_pages, holds_python_objects, list_image_files
 
-# Names of folders that tell published layouts apart.
+# Names of folders by which published layouts are recognised.
 _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
 
 _NUM_NAMED = 3

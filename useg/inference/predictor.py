@@ -273,7 +273,7 @@ class Predictor:
 
     @property
     def object_classes(self) -> tuple[int, ...]:
-        """The classes whose objects are told apart; if not known, all but the background."""
+        """The classes whose objects are separated; if not known, all but the background."""
         if self.classes.objects is not None:
             return self.classes.objects
         return tuple(k for k, name in enumerate(self.classes.names) if name != "background")
@@ -300,7 +300,7 @@ class Predictor:
     def objects(self, image: ImageLike, tile: int | None = None) -> FoundObjects:
         """Find the objects of an image, such as cells, and keep those apart that touch.
 
-        A model learns this from masks that tell objects apart. For other models, each connected
+        A model learns this from masks that distinguish objects. For other models, each connected
         region of a class is one object; ``kept_apart`` of the result says which of the two
         applies. The background and the classes that ``classes.toml`` excludes have no objects.
         Regions much smaller than the objects in the training images do not count.

@@ -264,11 +264,10 @@ def _label(values: Levels, cut: int, *, by_class: bool = False) -> NDArray[np.in
 class _Regions:
     """The connected regions at one cut.
 
-    Args:
-        offsets: What is added to the numbers 1, 2, ... of each tile's regions, to tell them apart.
-        root: ``(M + 1,)``: the region of the whole image, from 1 on, for each of these.
-        areas: ``(N + 1,)``: the pixels of each region of the whole image.
-        parents: ``(N + 1,)``: the region at the cut below that contains it.
+    Args: offsets: What is added to the numbers 1, 2, ... of each tile's regions, to keep them
+    different. root: ``(M + 1,)``: the region of the whole image, from 1 on, for each of these.
+    areas: ``(N + 1,)``: the pixels of each region of the whole image. parents: ``(N + 1,)``:
+    the region at the cut below that contains it.
     """
 
     offsets: list[int]

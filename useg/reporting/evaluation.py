@@ -89,7 +89,7 @@ class Evaluation:
         places: scored and wrong pixels in the cells of a grid over the image.
         objects: scores of objects, if requested.
         membranes: errors of membranes, if requested.
-        object_scores: scores of the objects that the truth tells apart: of all, under ``""``, and
+        object_scores: scores of the objects that the truth distinguishes: of all, under ``""``, and
             of each class.
         causes: likely causes of weak classes (:func:`useg.reporting.causes.add_causes`).
         notes: what useg decided about the images and classes, in words.

@@ -470,7 +470,7 @@ def object_sentences(evaluation: Evaluation) -> list[str]:
 
 
 def _object_scores(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Give the scores of the objects that the truth tells apart, in two sentences each."""
+    """Give the scores of the objects that the truth distinguishes, in two sentences each."""
     several = len(evaluation.object_scores) > 2
     found = []
     for name, scores in evaluation.object_scores.items():
