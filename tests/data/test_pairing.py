@@ -346,3 +346,14 @@ def test_a_rule_that_fits_a_name_in_very_many_ways_is_not_tried(monkeypatch):
     # The control: it would fit.
     monkeypatch.setattr(names, "_MAX_FITS", 10**30)
     assert names.Rule((*swap * 2, None)).apply("a" * 9)
+
+
+def test_a_rule_of_which_a_text_is_missing_in_a_name_is_not_tried(monkeypatch):
+    swap = (None, ("a", "b"))
+    # All places of the other texts would be tried before the last is missed.
+    rule = names.Rule((*swap * 6, None, ("c", "d"), None))
+    monkeypatch.setattr(names.Rule, "_patterns", property(lambda _: pytest.fail("it was tried")))
+    assert rule.apply("a" * 240) == []
+    # The control: it is tried where no text is missing.
+    with pytest.raises(pytest.fail.Exception, match="it was tried"):
+        names.Rule((*swap, None, ("c", "d"), None)).apply("xaxcx")

@@ -135,7 +135,7 @@ class Rule:
         """Return the names that may follow: none if the rule does not fit, or very many times."""
         # The texts at the ends have one place. A longer text may overlap itself.
         inner = [part[0] for part in self.parts[1:-1] if part]
-        if math.prod(name.count(text) * max(len(text), 1) for text in inner) > _MAX_FITS:
+        if not 0 < math.prod(name.count(text) * max(len(text), 1) for text in inner) <= _MAX_FITS:
             return []
         found = []
         for pattern in self._patterns:
