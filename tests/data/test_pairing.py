@@ -337,6 +337,24 @@ def test_one_mask_per_folder_is_an_ordinary_mask(tmp_path):
     assert find_dataset(tmp_path).classes.names == ("class 0", "class 1", "class 2")
 
 
+def test_twice_as_many_folders_take_twice_the_steps_to_find_object_masks(monkeypatch):
+    def count_steps(num_folders):
+        steps = []
+        split = names.split_name
+        monkeypatch.setattr(pairing, "split_name", lambda name: steps.append(name) or split(name))
+        paths = [Path(f"masks_{k}/{k}.png") for k in range(num_folders)]
+        assert pairing.find_object_masks(Path(), paths) is None
+        monkeypatch.undo()
+        return len(steps)
+
+    assert count_steps(10) <= 20
+    assert count_steps(40) == 4 * count_steps(10)
+    # Of the files of one name in very many folders, two are enough to see that it is not unique.
+    named = (Path(f"{k}/a.png") for k in range(10))
+    assert pairing._outside_parents(Path("1/a"), named) == [Path("0/a.png"), Path("2/a.png")]
+    assert next(named) == Path("3/a.png")
+
+
 def test_a_rule_that_fits_a_name_in_very_many_ways_is_not_tried(monkeypatch):
     swap = (None, ("a", "b"))
     assert names.Rule((*swap, *swap, None)).apply("xaxax") == ["xbxbx", "xbxbx"]

@@ -14,6 +14,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -455,9 +456,19 @@ def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | Non
     for path in paths:
         folders[path.parent].append(path)
         stems[plain_stem(path)].append(path)
+    # Looking through all folders for each of them would take very long.
+    of_images: dict[Path, list[Path]] = defaultdict(list)
+    for folder in folders:
+        if _words_of(folder) & IMAGE_WORDS:
+            of_images[folder.parent].append(folder)
     places = []
     for folder, masks in folders.items():
-        image = _image_of_folder(folder, folders, stems)
+        if _words_of(folder) & MASK_WORDS:
+            beside = of_images.get(folder.parent, [folder.parent])
+            found = folders.get(beside[0], []) if len(beside) == 1 else []
+        else:
+            found = _outside_parents(folder, stems.get(folder.name, []))
+        image = found[0] if len(found) == 1 else None
         if image is not None and image not in masks:
             places.append((image, folder, masks))
     # A folder called 0 of many images' masks does not belong to the image 0 alone.
@@ -540,21 +551,14 @@ def _has_own_mask(image: Path, masks: Sequence[Path]) -> bool:
     return 0 < len(own) < len(masks) or image.stem in {path.stem for path in masks}
 
 
-def _image_of_folder(
-    folder: Path, folders: Mapping[Path, list[Path]], stems: Mapping[str, list[Path]]
-) -> Path | None:
-    """Return the only image in the folder beside one of masks, or the image of its name."""
-    words = {part.casefold() for part in split_name(folder.name)}
-    if words & MASK_WORDS:
-        beside = [
-            files
-            for other, files in folders.items()
-            if other.parent == folder.parent
-            and {part.casefold() for part in split_name(other.name)} & IMAGE_WORDS
-        ] or [folders.get(folder.parent, [])]
-        return beside[0][0] if len(beside) == 1 and len(beside[0]) == 1 else None
-    named = [path for path in stems.get(folder.name, []) if path.parent not in folder.parents]
-    return named[0] if len(named) == 1 and named[0].parent != folder else None
+def _words_of(folder: Path) -> set[str]:
+    return {part.casefold() for part in split_name(folder.name)}
+
+
+def _outside_parents(folder: Path, named: Iterable[Path]) -> list[Path]:
+    """Return the first two files that are not in a parent of a folder."""
+    parents = set(folder.parents)
+    return list(islice((path for path in named if path.parent not in parents), 2))
 
 
 def join_masks(
