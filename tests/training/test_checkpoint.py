@@ -267,13 +267,16 @@ def test_a_log_has_one_row_for_each_step_and_a_row_without_end_is_none(tmp_path:
     assert log.read_text().count("\n") == 4
 
 
-def test_a_log_ends_before_a_line_longer_than_any_row(tmp_path: Path) -> None:
+def test_a_log_ends_at_a_line_longer_than_any_row_or_at_very_many_other_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = {"loss": 0.5, "seconds": 2.0, "learning_rate": 0.1}
     rows = [json.dumps({"step": k} | row) + "\n" for k in (1, 2)]
     log = tmp_path / "log.jsonl"
+    monkeypatch.setattr(checkpoint, "_MAX_OTHER_LINES", 9)
     # Zeros may stand for many gigabytes that take no space.
-    for zeros, count in ((1000, 2), (70_000, 1)):
-        log.write_text(rows[0] + "\0" * zeros + "\n" + rows[1])
+    for other, count in (("\0" * 1000, 2), ("\0" * 70_000, 1), ("\n" * 8, 2), ("\n" * 9, 1)):
+        log.write_text(rows[0] + other + "\n" + rows[1])
         assert len(_read_log(log, 4)) == count
 
 

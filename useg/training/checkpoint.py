@@ -54,8 +54,9 @@ MAX_STEPS = 10**9
 # Exceptions of PyTorch and Python for a damaged file.
 DAMAGE = RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError
 LOG_NAME = "log.jsonl"
-# A row takes some hundred bytes. Whatever stands behind a longer one is no log.
-_MAX_ROW_BYTES = 1 << 16
+# A row takes some hundred bytes. What comes after a longer one, or after more other lines than a
+# killed job leaves, is no log.
+_MAX_ROW_BYTES, _MAX_OTHER_LINES = 1 << 16, 100_000
 
 # Saving may take this share of the training time, and happens at most this often.
 MAX_SAVE_SHARE = 0.01
@@ -519,11 +520,14 @@ def _open_log(path: Path) -> TextIO:
 def _read_log(path: Path, num_steps: int) -> list[LogRow]:
     """Return the rows of the first ``num_steps`` steps, one each, and cut off the others."""
     rows: list[LogRow] = []
+    num_others = 0
     with _explain_write_errors(path.parent), suppress(FileNotFoundError), open_file(path) as file:
         while 0 < len(line := file.readline(_MAX_ROW_BYTES)) < _MAX_ROW_BYTES:
             row = _parse_row(line.decode("utf-8", "replace"))
             if row and (rows[-1]["step"] if rows else 0) < row["step"] <= num_steps:
                 rows.append(row)
+            elif (num_others := num_others + 1) > _MAX_OTHER_LINES:
+                break
     with replacing(path, is_own_log) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return rows
