@@ -20,6 +20,7 @@ from PIL import Image
 import useg
 from useg.classes import CARLA
 from useg.cli import main
+from useg.errors import MachineError
 from useg.images.files import read_image, read_size
 from useg.scenes.scene import write_scenes
 
@@ -398,6 +399,21 @@ def test_label_maps_never_overwrite_the_pictures(
     )
     assert (code, "would overwrite the image itself" in err) == (2, True)
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("text", ["", "Cannot allocate memory"])
+def test_too_little_memory_is_one_sentence(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_too_much(*_: object, **__: object) -> None:
+        raise MemoryError(text)
+
+    monkeypatch.setattr("useg.cli.app", take_too_much)
+    reason = text and f" ({text})"
+    advice = "close other programs, or raise the limit of this process"
+    assert run(capsys) == (2, "", f"useg: there is not enough memory{reason}; {advice}\n")
+    with pytest.raises(MachineError, match="not enough memory"):
+        main(["--debug"])
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -433,6 +433,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         name = error.filename or "the output"
         problem = MachineError(f"{name} cannot be read or written ({error.strerror or error})")
         _fail(problem, "--debug" in flags)
+    except MemoryError as error:
+        reason = f" ({error})" if str(error) else ""
+        problem = MachineError(
+            f"there is not enough memory{reason}; "
+            "close other programs, or raise the limit of this process"
+        )
+        _fail(problem, "--debug" in flags)
     except KeyboardInterrupt:
         _end_interrupted()
     except SystemExit as ending:
