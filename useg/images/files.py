@@ -554,7 +554,7 @@ def as_image(stored: StoredPixels) -> Image:
     if stored.inverted and pixels.dtype.kind == "u":
         pixels = (stored.highest or np.iinfo(pixels.dtype).max) - pixels
     if stored.highest:
-        pixels = (pixels * (255 // stored.highest)).astype(np.uint8)
+        pixels = (pixels * (255 // stored.highest)).astype(np.uint8, copy=False)
     kept = pixels.dtype in (np.uint8, np.uint16, np.float32)
     return pixels if kept else pixels.astype(np.float32)
 

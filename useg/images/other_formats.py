@@ -358,7 +358,8 @@ def decode_pnm(content: bytes, _: int) -> StoredPixels:
         pixels = np.frombuffer(body, dtype, math.prod(shape))
     if pixels.size and not 0 <= pixels.min() <= pixels.max() <= header.highest:
         raise ValueError(f"it has a value outside of 0 to {header.highest}")
-    pixels = pixels.astype(np.uint16 if header.highest > 255 else np.uint8).reshape(shape)
+    kind = np.uint16 if header.highest > 255 else np.uint8
+    pixels = pixels.astype(kind, copy=not pixels.flags.writeable).reshape(shape)
     # In a bitmap, 1 is black.
     return StoredPixels(
         pixels, None, header.highest if header.highest < 255 else 0, header.kind in (1, 4)
