@@ -33,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model.up_kernel": 3,
         "model.extra_conv": "true",
         "data.size": "128x96",
+        "data.standardize": "false",
         "train.batch": 32,
         "train.optimizer": "adam",
         "train.learning_rate": 1e-3,

@@ -104,6 +104,23 @@ def test_run_toml_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        (("train.photometric=0.25",), False),
+        (("train.photometric=0.25", "data.standardize=true"), True),
+        # A file that is no plan of a run yet.
+        ((), None),
+    ],
+)
+def test_runs_of_versions_that_did_not_standardise_images_continue_without(
+    assignments: tuple[str, ...], expected: bool | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.toml"
+    write_settings(path, changed("data.size=256x192", *assignments), {"dataset": "x"})
+    assert read_settings(path).data.standardize is expected
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("[train]\nepoch = 3", "did you mean 'train.epochs'"),

@@ -43,7 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train.class_weights": "none",
         "train.learning_rate": 1e-3,
     },
-    "pretrained": {"model.encoder": "lite0", "train.steps": 5},
+    "pretrained": {"model.encoder": "lite0", "data.standardize": True, "train.steps": 5},
     "losses": {
         "train.loss": "focal + 0.5 lovasz + 0.1 boundary",
         "train.accumulate": 2,
@@ -68,6 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 QUICK = {
     "model.width": 4,
     "data.size": "64x48",
+    "data.standardize": False,
     "train.precision": "fp32",
     "train.steps": 14,
     "data.split": "random",

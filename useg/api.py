@@ -87,6 +87,7 @@ DEMO_SETTINGS = {
     "model.encoder": "plain",
     "data.split": "random",
     "data.holdout": 0.025,
+    "data.standardize": False,
     "train.photometric": 0.0,
 }
 

@@ -161,6 +161,11 @@ class DataSettings(_Settings):
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of the images in the validation set (above 0, below 1)"
     )
+    standardize: bool | None = Field(
+        None,
+        description="give every image the same brightness and contrast, against differences in "
+        "light; needs data.size and 8-bit images",
+    )
     classes: Text | None = Field(None, description="path of a classes.toml")
     unlabelled: Text | None = Field(
         None,
@@ -428,6 +433,10 @@ def read_settings(path: Path) -> Settings:
             # A line that the user has removed is planned again; an older file has none of them.
             if not version.keys() & train.keys():
                 content["train"] = {**version, **content["train"]}
+        data = content.get("data")
+        # A run that has been planned, by a version that did not standardise images.
+        if "photometric" in content["train"] and isinstance(data, dict):
+            content["data"] = {"standardize": False, **data}
     return _checked({key: value for key, value in content.items() if key != "provenance"})
 
 

@@ -20,7 +20,7 @@ from useg.classes import ClassTable, softmax
 from useg.errors import UsageError
 from useg.images.files import read_image, resize_image
 from useg.inference.predictor import AUGMENTATIONS, AugmentedView, Predictor
-from useg.models.geometry import WorkingSize
+from useg.models.geometry import WorkingSize, standardize
 from useg.models.segmenter import Segmenter, save_model
 
 
@@ -58,6 +58,21 @@ def test_prediction_at_the_working_size_enlarges_logits_not_labels() -> None:
         ].softmax(0)
     np.testing.assert_allclose(
         make_predictor(model).probabilities(image), expected.numpy(), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_standardised_images_are_standardised_as_a_whole_before_they_are_cut(
+    tile: int | None,
+) -> None:
+    model = make_model(working=WorkingSize((64, 48), standardize=True))
+    dark = random_image(96, 128) // 4
+    reduced = standardize(resize_image(dark, (64, 48)))
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(reduced).permute(2, 0, 1)[None])
+        expected = F.interpolate(logits, (96, 128), mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(
+        make_predictor(model).logits(dark, tile), expected[0].numpy(), atol=1e-4
     )
 
 

@@ -61,9 +61,9 @@ def test_a_description_comes_back_and_knows_the_sizes(network: str) -> None:
 
 
 def test_a_description_of_a_newer_useg_is_refused(model: Segmenter) -> None:
-    text = description_to_json(describe_model(model)).replace('"format": 1', '"format": 3')
+    text = description_to_json(describe_model(model)).replace('"format": 1', '"format": 4')
     with pytest.raises(
-        UsageError, match=r"here has format 3, but this useg reads formats up to 2; update useg"
+        UsageError, match=r"here has format 4, but this useg reads formats up to 3; update useg"
     ):
         description_from_json(text, "here")
 

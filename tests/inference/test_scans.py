@@ -122,6 +122,7 @@ MODELS = [
     ("same", WorkingSize(scale=0.37)),
     ("valid", WorkingSize(scale=1.3)),
     ("same", WorkingSize(frame=(80, 60))),
+    ("same", WorkingSize(frame=(80, 60), standardize=True)),
 ]
 
 

@@ -71,6 +71,14 @@ def forged_descriptions(folder: Path) -> dict[str, Path]:
         "deeper than the file": changed(content, ("network", "depth"), 7),
         "more names": changed(content, ("classes", "names"), list("abcdef")),
         "a frame above USEG_MAX_PIXELS": changed(content, ("working", "frame"), [65536, 65536]),
+        "standardised at a scale": changed(
+            content, ("working",), {"frame": None, "scale": 1.0, "standardize": True}
+        ),
+        "standardised and 16 bits": changed(
+            {**content, "pixels": "uint16"},
+            ("working",),
+            {"frame": [8, 8], "scale": 1.0, "standardize": True},
+        ),
         "split from a path": changed(content, ("provenance",), {"split": {"data.classes": "/x"}}),
         "a list": [],
     }
@@ -81,9 +89,10 @@ def forged_descriptions(folder: Path) -> dict[str, Path]:
         *((("network", "channels"), value) for value in (0, 10**9, "3", 2)),
         *((("working", "frame"), value) for value in ([0, 0], [-1, 5], [200000, 2], [1], "8x8")),
         *((("working", "scale"), value) for value in (0, -1, 1e9, "a", None)),
+        *((("working", "standardize"), value) for value in (1, "yes", None)),
         *((("temperature",), value) for value in (0, -1, 1e300, "x", None, True)),
         *((("pixels",), value) for value in ("object", "float64", [1], None)),
-        *((("format",), value) for value in ("9", 0, -1, [], 3, 10**30)),
+        *((("format",), value) for value in ("9", 0, -1, [], 4, 10**30)),
         *((("classes", "names"), value) for value in ([1] * 5, [["a"]] * 5, [], None, "abcde")),
         *((("classes", "colors", 0), value) for value in ([0, 0], [0, 0, 256], [0.5] * 3, 5)),
         *((("classes", "values", 0), value) for value in (-1, 1 << 16, 0.5, 1)),

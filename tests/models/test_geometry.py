@@ -19,6 +19,7 @@ from useg.models.geometry import (
     output_size,
     reflect_indices,
     round_up,
+    standardize,
 )
 from useg.models.unet import UNet
 from useg.training.batches import pixel_statistics
@@ -69,6 +70,35 @@ def test_working_size_keeps_the_area_of_the_frame_or_the_scale(
     working: WorkingSize, picture: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     assert working.of(*picture) == expected
+
+
+def test_standardised_images_have_one_brightness_and_contrast_and_keep_their_colours() -> None:
+    image = np.random.default_rng(0).integers(60, 160, (40, 50, 3), np.uint8)
+    for given_image in (image, image // 2, image + 90):
+        found = standardize(given_image).astype(float)
+        assert (abs(found.mean() - 120) < 0.5, abs(found.std() - 56) < 1) == (True, True)
+        # A brighter band stays brighter, and one that is equal stays equal.
+        order = given_image[..., 0] < given_image[..., 1]
+        assert (found[..., 0] < found[..., 1])[order].all()
+    assert (standardize(np.full((4, 4, 1), 7, np.uint8)) == 120).all()
+    # The noise of an empty image grows by at most 56 / 8.
+    assert np.ptp(standardize(np.tile(np.uint8([[[3], [4]]]), (9, 9, 1)))) == 7
+
+
+def test_images_are_standardised_only_if_the_model_wants_that() -> None:
+    image = np.random.default_rng(0).integers(0, 90, (40, 60, 3), np.uint8)
+    assert WorkingSize((60, 40)).finish(image) is image
+    assert (WorkingSize((60, 40), standardize=True).finish(image) == standardize(image)).all()
+
+
+def test_training_sees_the_standardised_images_that_prediction_sees(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 90, (40, 60, 3), np.uint8)
+    working = WorkingSize((30, 20), standardize=True)
+    dataset = write_tiff_dataset(tmp_path, [image])
+    plain = build_samples(dataset, working=WorkingSize((30, 20)))[0].image
+    found = build_samples(dataset, working=working)[0].image
+    assert (found == standardize(np.asarray(plain))).all()
+    assert (found != plain).any()
 
 
 @given(st.integers(0, 500), st.integers(1, 40))

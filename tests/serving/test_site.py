@@ -28,7 +28,7 @@ from useg.images.files import read_image, resize_image
 from useg.inference import runtimes, tiles
 from useg.inference.predictor import Predictor, resize_logits
 from useg.models import geometry
-from useg.models.geometry import WorkingSize
+from useg.models.geometry import WorkingSize, standardize
 from useg.models.segmenter import save_model
 from useg.scenes.scene import write_scenes
 from useg.serving import site
@@ -292,6 +292,20 @@ def test_images_are_resized_to_the_bit(page: Any) -> None:
         image = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 1), np.uint8)
         found = page.evaluate(script, [image.ravel().tolist(), *size, *new])
         assert found == resize_image(image, new).ravel().tolist(), (size, new)
+
+
+def test_images_are_standardised_to_the_bit(page: Any) -> None:
+    script = """async (planes) => {
+        const {standardize} = await import('/standardize.js');
+        const bytes = planes.map((plane) => Uint8Array.from(plane));
+        standardize(bytes);
+        return bytes.map((plane) => [...plane]);
+    }"""
+    rng = np.random.default_rng(0)
+    for low, high in ((0, 256), (3, 5), (200, 230), (7, 8)):
+        image = rng.integers(low, high, (30, 40, 3), np.uint8)
+        found = page.evaluate(script, image.reshape(-1, 3).T.tolist())
+        assert found == standardize(image).reshape(-1, 3).T.tolist(), (low, high)
 
 
 @pytest.mark.parametrize(("margin", "context", "smallest"), [(0, 10, 16), (0, 24, 8), (12, 0, 28)])

@@ -119,6 +119,15 @@ def test_whole_scenes_get_photometric_changes_a_narrow_zoom_and_a_low_encoder_ra
     assert asked.settings.train.photometric == 1.0
 
 
+def test_images_of_whole_scenes_are_standardised(tmp_path: Path) -> None:
+    scenes, parts = make_street_dataset(tmp_path / "scenes"), make_disc_dataset(tmp_path / "parts")
+    assert [planned(each).settings.data.standardize for each in (scenes, parts)] == [True, False]
+    assert planned(scenes).working.standardize
+    assert not planned(scenes, data__standardize=False).working.standardize
+    with pytest.raises(SettingsError, match=r"standardize is true, but data\.size is not set"):
+        planned(parts, data__standardize=True)
+
+
 @pytest.mark.parametrize(("light", "strength"), [(4.0, 0.0), (1.2, 0.25)])
 def test_whole_scenes_that_already_differ_in_light_get_no_photometric_changes(
     light: float, strength: float, tmp_path: Path

@@ -288,7 +288,7 @@ def build_cache(
             numbers = resize_label(read_objects(pairs[k], dataset), size)
             label = pack_target(label, measure_depth(numbers))
         return CachedSample(
-            resize_image(image, size),
+            working.finish(resize_image(image, size)),
             label,
             sample.label if native else None,
             None if missing is None else resize_label(missing.astype(np.uint8), size) > 0,

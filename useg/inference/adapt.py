@@ -211,7 +211,7 @@ def _read_pictures(model: Segmenter, pictures: str | os.PathLike[str]) -> list[T
     for path in paths:
         image = fit_bands(read_image(path), model.channels, model.pixels, str(path))
         small = resize_image(image, model.working.of(image.shape[1], image.shape[0]))
-        images.append(to_input(model, small))
+        images.append(to_input(model, model.working.finish(small)))
     return images
 
 

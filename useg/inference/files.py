@@ -289,21 +289,19 @@ def predict(
         UsageError: There is no model or no image, no image could be labelled, or the folder
             cannot be written.
     """
-    if isinstance(sources, FoundImages):
-        found = sources
-    else:
+    if not isinstance(sources, FoundImages):
         given = [sources] if isinstance(sources, str | Path) else sources
-        found = find_sources([str(source) for source in given])
+        sources = find_sources([str(source) for source in given])
     if isinstance(model, Predictor):
         predictor = model
     else:
         num_images = sum(
             len(_list_pages(path)) if path.suffix.lower() in STACK_SUFFIXES else 1
-            for path in found.images
+            for path in sources.images
         )
         predictor = Predictor.load(Path(model), runtime, num_images, augment)
     began, out = time.perf_counter(), Path(out)
-    images = plan_outputs(found.images, out, wanted, predictor.num_bands)
+    images = plan_outputs(sources.images, out, wanted, predictor.num_bands)
     make_folders(out, wanted)
     fingerprint = predictor_fingerprint(predictor, wanted)
     job = Job(predictor, out, wanted, overwrite, fingerprint, torch.get_num_threads())
@@ -314,11 +312,8 @@ def predict(
         refuse_only_failures(failed, len(own), "labelled")
     if list_summaries(out, wanted) or wanted.tool:
         write_summaries(out, images, predictor.classes, wanted, done=job.is_done)
-    label_maps = [
-        image.label
-        for image, result in zip(own, results, strict=True)
-        if not isinstance(result, Failure)
-    ]
+    pairs = zip(own, results, strict=True)
+    label_maps = [image.label for image, result in pairs if not isinstance(result, Failure)]
     notes = [NOT_KEPT_APART] if wanted.objects and not predictor.has_objects else []
     if any(image.page is not None for image in images):
         notes += _describe_pages(images)
@@ -329,7 +324,7 @@ def predict(
         failed,
         len(own),
         time.perf_counter() - began,
-        found.left_out,
+        sources.left_out,
         computed_by,
         [image.image.with_name(image.name) for image in own if image in job.unlike],
         tuple(notes),
@@ -376,9 +371,8 @@ def plan_outputs(
     refuse_same_names(image.label for image in images)
     if out.is_dir():
         _refuse_overwriting_images(images, out)
-        existing = {
-            folder: _names_in(folder) for folder in (out, *map(out.joinpath, OUTPUT_FOLDERS))
-        }
+        folders = out, *map(out.joinpath, OUTPUT_FOLDERS)
+        existing = {folder: _names_in(folder) for folder in folders}
         outputs = (output for image in images for output in _list_outputs(image, out, wanted))
         refuse_foreign_files(
             (path, is_own)

@@ -523,9 +523,8 @@ def _working_outputs(
     resize: ResizeFunction = resize_image,
 ) -> NDArray[np.float32]:
     """Return all logits of one model for one view of an image, at the size that it computes."""
-    height, width = image.shape[:2]
-    size = view.size(*runtime.description.working.of(width, height))
-    pixels = view.apply(resize(image, size))
+    working, (height, width) = runtime.description.working, image.shape[:2]
+    pixels = view.apply(working.finish(resize(image, view.size(*working.of(width, height)))))
     network_geometry = runtime.description.geometry
     if tile is None:
         tile, network_geometry = _choose_windows(runtime, pixels)

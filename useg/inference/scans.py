@@ -42,7 +42,7 @@ from useg.inference.scan_objects import ScanObjects, collect_objects
 from useg.inference.tiles import TileWindow
 from useg.machine import prefetch
 from useg.models.description import ModelDescription
-from useg.models.geometry import Geometry, fit_bands
+from useg.models.geometry import Geometry, fit_bands, standardize
 from useg.objects.table import better_scales
 from useg.ownership import UNKEPT_LABEL_MARK, is_own_label_map
 
@@ -160,7 +160,10 @@ def predict_scan(
 
         def compute(scale: float) -> None:
             size = AugmentedView(scale).size(*description.working.of(native[1], native[0]))
-            image = ResizedView(fitted, scan.dtype, size)
+            image: tiles.PixelSource = ResizedView(fitted, scan.dtype, size)
+            if description.working.standardize:
+                # Such a model reduces the whole image to a size that fits into memory.
+                image = standardize(image[0 : size[1], 0 : size[0]])
             _compute_blocks(predictor.runtime, image, scan, partial(output.write, scale))
 
         compute(1.0)
@@ -173,7 +176,7 @@ def predict_scan(
 
 def _compute_blocks(
     runtime: Runtime,
-    image: ResizedView,
+    image: tiles.PixelSource,
     scan: Scan,
     write: WriteBlock,
 ) -> None:

@@ -32,10 +32,10 @@ from useg.models.geometry import Geometry, WorkingSize, round_up
 from useg.parsing import parse_json, shorten
 
 # Newest format versions of the model file and of the description in exported files. They are raised
-# when an older useg could not read a newer file: version 2 knows objects. Models that have none are
-# written as version 1.
-MODEL_FORMAT = 2
-DESCRIPTION_FORMAT = 2
+# when an older useg could not read a newer file: version 2 knows objects, version 3 standardised
+# images. Models that have neither are written as version 1.
+MODEL_FORMAT = 3
+DESCRIPTION_FORMAT = 3
 # The fields of a ModelDescription in a model file. The others follow from its tensors and network.
 MODEL_FILE_FIELDS = ("network", "classes", "working", "pixels", "provenance", "temperature")
 # The description of a model with 255 classes has 100 kB.
@@ -194,6 +194,10 @@ def model_fields_to_json(description: ModelDescription) -> str:
 
 
 def _to_json(fields: Mapping[str, Any]) -> str:
+    if fields["working"]["standardize"]:
+        return json.dumps({"format": 3, **fields}, sort_keys=True)
+    working = {key: value for key, value in fields["working"].items() if key != "standardize"}
+    fields = {**fields, "working": working}
     if fields["network"].get("objects") or fields["classes"]["objects"] is not None:
         return json.dumps({"format": 2, **fields}, sort_keys=True)
     classes = {key: value for key, value in fields["classes"].items() if key != "objects"}
@@ -248,6 +252,7 @@ class _Classes(_Checked):
 class _Working(_Checked):
     frame: Annotated[list[PixelCount], Field(min_length=2, max_length=2)] | None
     scale: Annotated[float, Field(gt=0, le=4)]
+    standardize: bool = False
 
 
 class _Split(_Checked):
@@ -377,9 +382,11 @@ def _validate(schema: type[CheckedT], content: Any, source: str, prefix: str = "
 
 def _tables(checked: _ModelFile, source: str) -> dict[str, Any]:
     """Return the class table and the working size of a description."""
-    stored = checked.classes
-    frame = checked.working.frame
-    working = WorkingSize((frame[0], frame[1]) if frame else None, checked.working.scale)
+    stored, size = checked.classes, checked.working
+    frame = (size.frame[0], size.frame[1]) if size.frame else None
+    working = WorkingSize(frame, size.scale, size.standardize)
+    if size.standardize and not (frame and checked.pixels == "uint8"):
+        raise unusable(source, "only 8-bit images of a fixed size can be standardised")
     try:
         classes = ClassTable(
             names=tuple(stored.names),

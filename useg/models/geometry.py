@@ -1,12 +1,13 @@
-"""Integer rules for image sizes, shared by training, tiles, exports and runtimes (numpy only).
+"""Rules for images and their sizes, shared by training, tiles, exports and runtimes (numpy only).
 
-An image passes through them in this order: ``WorkingSize`` gives the size at which the model
-processes it, ``fit_bands`` gives it the bands of the model, ``reflect_indices`` extends it by
+An image passes through them in this order: ``fit_bands`` gives it the bands of the model,
+``WorkingSize`` resizes and standardises it for the model, ``reflect_indices`` extends it by
 mirroring, and ``Geometry`` says which input sizes the network accepts and how many pixels it loses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,20 +18,26 @@ from numpy.typing import NDArray
 from useg.errors import DataError
 from useg.images.files import Image
 
+# Mean and deviation of standardised images. An image with a smaller deviation than the last is
+# treated as if it had that, so that the noise of an empty image does not become large.
+STANDARD_MEAN, STANDARD_DEVIATION, MIN_STANDARD_DEVIATION = 120.0, 56.0, 8.0
+
 
 @dataclass(frozen=True)
 class WorkingSize:
-    """The size at which a model processes an image.
+    """The size at which a model processes an image, and whether it standardises the image.
 
     Args:
         frame: (width, height) whose area every whole image gets, with its proportions kept; for
             cameras, where each image shows the whole scene. None for a fixed scale.
         scale: factor for every image if ``frame`` is None; for microscopes and satellites, where a
             pixel has a physical size.
+        standardize: whether images get one brightness and contrast (:func:`standardize`).
     """
 
     frame: tuple[int, int] | None = None
     scale: float = 1.0
+    standardize: bool = False
 
     def of(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) at which the model processes an image of this size.
@@ -42,6 +49,21 @@ class WorkingSize:
         if self.frame is not None:
             scale = (self.frame[0] * self.frame[1] / (width * height)) ** 0.5
         return max(1, round(width * scale)), max(1, round(height * scale))
+
+    def finish(self, resized: Image) -> Image:
+        """Standardise an image of the working size if the model wants that."""
+        return standardize(resized) if self.standardize else resized
+
+
+# The sums are integers, so that the page that runs a model in the browser computes the same.
+def standardize(image: Image) -> Image:
+    """Give an image ``(H, W, C)`` uint8 one brightness and contrast, all bands alike."""
+    values, counts = np.arange(256), np.bincount(image.ravel(), minlength=256)
+    mean = int(counts @ values) / image.size
+    variance = max(0.0, int(counts @ values**2) / image.size - mean * mean)
+    gain = STANDARD_DEVIATION / max(MIN_STANDARD_DEVIATION, math.sqrt(variance))
+    new = np.floor((values - mean) * gain + (STANDARD_MEAN + 0.5))
+    return np.asarray(np.clip(new, 0, 255).astype(np.uint8)[image])
 
 
 def fit_bands(image: Image, channels: int, pixels: str, source: str) -> Image:

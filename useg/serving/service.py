@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from fastapi import Request
@@ -40,10 +40,17 @@ WORK_BYTES_PER_PIXEL = 32
 
 
 class ModelWorkingSize(BaseModel):
-    """The size (width, height) to which the model resizes images, or by how much it scales them."""
+    """How the model prepares images.
+
+    Args:
+        frame: The size (width, height) to which it resizes them; None if it scales them.
+        scale: By how much it scales them, without a frame.
+        standardize: Whether it gives all of them the same brightness and contrast.
+    """
 
     frame: tuple[int, int] | None
     scale: float
+    standardize: bool
 
 
 class ServiceLimits(BaseModel):
@@ -244,7 +251,7 @@ def describe_service(service: Service) -> ServedModel:
         ],
         channels=description.channels,
         pixels=description.pixels,
-        working=ModelWorkingSize(frame=description.working.frame, scale=description.working.scale),
+        working=ModelWorkingSize(**asdict(description.working)),
         margin=description.margin,
         stride=description.stride,
         precision=description.precision,

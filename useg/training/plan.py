@@ -77,6 +77,7 @@ from useg.training.plan_rules import (
     choose_encoder_rate,
     choose_learning_rate,
     choose_photometric,
+    choose_standardize,
     choose_zoom,
     measure_labels,
 )
@@ -148,7 +149,8 @@ class Plan:
     @property
     def working(self) -> WorkingSize:
         """The size at which the model works."""
-        return WorkingSize(self.settings.data.size, self.settings.data.scale or 1.0)
+        data = self.settings.data
+        return WorkingSize(data.size, data.scale or 1.0, bool(data.standardize))
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -180,6 +182,11 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
         raise SettingsError(
             "data.size and data.scale are both set; set data.size for whole frames, or data.scale "
             "for images whose pixels have a physical size"
+        )
+    if settings.data.standardize and not settings.data.size:
+        raise SettingsError(
+            "data.standardize is true, but data.size is not set; give the size at which the model "
+            "sees whole images, such as data.size=256x192"
         )
     device = choose_device()
     if device == CPU:
@@ -470,10 +477,13 @@ class _Planner:
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
         self.decide("train.batch", *choose_batch(pixels))
         model, known = self.settings.model, self.label_statistics.position_information()
+        upright = self.label_statistics.vertical_information()
         if model.encoder in encoders.ENCODERS and (model.pretrained or model.start):
-            upright = self.label_statistics.vertical_information()
             self.decide("train.encoder_rate", *choose_encoder_rate(model, upright))
         self.decide("train.zoom", *choose_zoom(known))
+        if self.settings.data.standardize is None:
+            decision = choose_standardize(upright, self.settings, self.pixels)
+            self.decide("data.standardize", *decision)
         if self.settings.train.photometric is None:
             self.decide("train.photometric", *choose_photometric(known, self.dataset))
 

@@ -277,6 +277,17 @@ def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
     return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
 
 
+def choose_standardize(
+    vertical_information: float, settings: Settings, pixels: str
+) -> tuple[bool, str]:
+    """Return whether every image gets the same brightness and contrast, and the reason."""
+    if vertical_information < MIN_VERTICAL_INFORMATION or not settings.data.size:
+        return False, "brightness may show the class where images are not photographs of scenes"
+    if pixels != "uint8":
+        return False, "only images of 8 bits are standardised"
+    return True, "the brightness and contrast of a scene show its light and not its classes"
+
+
 def choose_photometric(position_information: float, dataset: Dataset) -> tuple[float, str]:
     """Return the strength of the photometric augmentation and the reason."""
     if position_information < MIN_POSITION_INFORMATION:

@@ -67,6 +67,7 @@ MIN_LONG_MINUTES, MIN_LONG_STEPS = 5.0, 10_000
 # Settings that older checkpoints do not name, with the values for which these are right.
 _NEWER_SETTINGS = {
     "model.start_map": None,
+    "data.standardize": False,
     "train.freeze": "none",
     **{f"train.{name}": value for name, value in LATER_SETTINGS.items()},
 }

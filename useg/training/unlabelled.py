@@ -118,7 +118,8 @@ def read_colours(
 
     def read(path: Path) -> Image:
         image = fit_bands(read_image(path), plan.channels, plan.pixels, str(path))
-        return resize_image(image, plan.working.of(image.shape[1], image.shape[0]))
+        size = plan.working.of(image.shape[1], image.shape[0])
+        return plan.working.finish(resize_image(image, size))
 
     found = [(measure_colours(each), _likeness(each)) for each in in_parallel(read, paths)]
     known = [

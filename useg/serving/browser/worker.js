@@ -4,6 +4,7 @@ import { decodeImage } from "./decode.js";
 import { toPrediction } from "./postprocess.js";
 import { resize } from "./resize.js";
 import { startSession } from "./session.js";
+import { standardize } from "./standardize.js";
 import { cover, cut, paste } from "./tiles.js";
 
 // An image with more pixels is predicted in windows. The result is the same.
@@ -100,6 +101,7 @@ async function predict(image, model, session, isNewest) {
     );
   }
   const small = planes.map((plane) => resize(plane, width, height, newWidth, newHeight));
+  if (model.working.standardize) standardize(small);
   const logits = await runNetwork(small, newWidth, newHeight, model, session, isNewest);
   const { temperature } = model;
   return toPrediction(logits, numClasses, newWidth, newHeight, width, height, temperature);
@@ -113,6 +115,7 @@ async function predictFrame(frame, model, session) {
   const scale = FRAME_SCALES.find(isFast) ?? FRAME_SCALES.at(-1);
   const size = whole.map((length) => Math.max(1, Math.round(length * scale)));
   const { planes } = await decodeImage(frame, model.channels, size);
+  if (model.working.standardize) standardize(planes);
   const start = performance.now();
   const logits = await runNetwork(planes, ...size, model, session, () => true);
   const measured = (performance.now() - start) / (size[0] * size[1]);
