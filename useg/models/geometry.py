@@ -63,7 +63,7 @@ def standardize(image: Image) -> Image:
     variance = max(0.0, int(counts @ values**2) / image.size - mean * mean)
     gain = STANDARD_DEVIATION / max(MIN_STANDARD_DEVIATION, math.sqrt(variance))
     new = np.floor((values - mean) * gain + (STANDARD_MEAN + 0.5))
-    return np.asarray(np.clip(new, 0, 255).astype(np.uint8)[image])
+    return np.asarray(np.clip(new, 0, 255).astype(np.uint8).take(image))
 
 
 def fit_bands(image: Image, channels: int, pixels: str, source: str) -> Image:
