@@ -178,6 +178,14 @@ def test_other_sizes_are_said(data: Path, tmp_path: Path) -> None:
     )
 
 
+def test_another_preparation_of_images_is_said(data: Path, tmp_path: Path) -> None:
+    folder, changes = copy_data(data, tmp_path / "data"), {"data.size": "48x32"}
+    _, start = begin(made_model(NAMES), folder, **changes, **{"data.standardize": True})
+    assert "data.standardize is true in this run, but false in the model" in start.notes
+    _, start = begin(made_model(NAMES), folder, **changes)
+    assert not any("standardize" in note for note in start.notes)
+
+
 def test_frozen_encoder_stays_as_it_is(run: Path, data: Path, tmp_path: Path) -> None:
     frozen = {**SHORT, "train.freeze": "encoder", "train.learning_rate": 0.1}
     # Five classes, so that the model that it starts from is not kept.

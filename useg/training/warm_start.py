@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,11 @@ def _describe_working_size(working: WorkingSize) -> str:
 def _describe_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
     """Say where the run works at another size than the model, or distorts the images."""
     was, now = model.working, plan.working
-    if was != now:
+    if was.standardize != now.standardize:
+        yield (
+            f"data.standardize is {now.standardize} in this run, but {was.standardize} in the model"
+        ).lower()
+    if replace(was, standardize=now.standardize) != now:
         yield (
             f"the working size of the model is {_describe_working_size(was)}, that of this run "
             f"{_describe_working_size(now)}"
