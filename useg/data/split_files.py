@@ -45,7 +45,7 @@ _SPLIT_WORDS = frozenset(
     ["split", "splits", "partition", "partitions", "subset", "subsets", "fold", "folds", "kfold"]
 )
 # A JSON list may name as many images, or half as many with two values each.
-_MAX_LIST_BYTES, _MAX_JSON_ITEMS = 50_000_000, 2_000_000
+_MAX_LIST_BYTES, _MAX_JSON_ITEMS = 50_000_000, 1_000_000
 # A line for each of a million images.
 _MAX_CSV_BYTES, _MAX_ROWS = 256 << 20, 1_000_000
 _MAX_LINE_LENGTH = 1_000_000
