@@ -126,6 +126,11 @@ def test_images_of_whole_scenes_are_standardised(tmp_path: Path) -> None:
     assert not planned(scenes, data__standardize=False).working.standardize
     with pytest.raises(SettingsError, match=r"standardize is true, but data\.size is not set"):
         planned(parts, data__standardize=True)
+    deep = dataset_of_one_image(
+        tmp_path, np.zeros((48, 64), np.uint16), np.zeros((48, 64), np.uint8)
+    )
+    with pytest.raises(SettingsError, match=r"standardize is true, but the images are uint16"):
+        planned(deep, data__standardize=True, data__size="64x48")
 
 
 @pytest.mark.parametrize(("light", "strength"), [(4.0, 0.0), (1.2, 0.25)])

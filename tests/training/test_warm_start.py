@@ -21,6 +21,7 @@ from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
 from useg.errors import DataError, ModelError, SettingsError
 from useg.inference.predictor import load
+from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, load_model, save_model
 from useg.reporting.report import evaluate
 from useg.training.plan import make_plan
@@ -184,6 +185,16 @@ def test_another_preparation_of_images_is_said(data: Path, tmp_path: Path) -> No
     assert "data.standardize is true in this run, but false in the model" in start.notes
     _, start = begin(made_model(NAMES), folder, **changes)
     assert not any("standardize" in note for note in start.notes)
+
+
+def test_images_at_a_scale_are_not_standardised_like_those_of_the_model(
+    data: Path, tmp_path: Path
+) -> None:
+    folder, model = copy_data(data, tmp_path / "data"), made_model(NAMES)
+    model.working = WorkingSize((48, 32), standardize=True)
+    assert begin(model, folder)[0].working == model.working
+    scaled = begin(model, folder, **{"data.scale": 1.0})[0].working
+    assert scaled == WorkingSize(scale=1.0)
 
 
 def test_frozen_encoder_stays_as_it_is(run: Path, data: Path, tmp_path: Path) -> None:

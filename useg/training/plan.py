@@ -183,11 +183,6 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
             "data.size and data.scale are both set; set data.size for whole frames, or data.scale "
             "for images whose pixels have a physical size"
         )
-    if settings.data.standardize and not settings.data.size:
-        raise SettingsError(
-            "data.standardize is true, but data.size is not set; give the size at which the model "
-            "sees whole images, such as data.size=256x192"
-        )
     device = choose_device()
     if device == CPU:
         return _plan_on(device, settings, dataset)
@@ -209,6 +204,13 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
 
 def _plan_on(device: torch.device, settings: Settings, dataset: Dataset) -> Plan:
     planner = _Planner(settings, dataset, device)
+    size, pixels = settings.data.size, planner.pixels
+    if settings.data.standardize and not (size and pixels == "uint8"):
+        reason = f"the images are {pixels}" if size else "data.size is not set"
+        raise SettingsError(
+            f"data.standardize is true, but {reason}; it needs 8-bit images and one size for them, "
+            "such as data.size=256x192"
+        )
     planner.choose_network()
     planner.choose_objects()
     planner.choose_size()

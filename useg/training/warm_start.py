@@ -139,7 +139,8 @@ def adopt_settings(
     frame, scale = model.working.frame, model.working.scale
     if not {"data.size", "data.scale"} & set(given):
         changes |= {"data.size": frame, "data.scale": None if frame else scale}
-    changes["data.standardize"] = model.working.standardize
+    # Images are standardised only if all have one size.
+    changes["data.standardize"] = model.working.standardize and "data.scale" not in given
     changes = {key: value for key, value in changes.items() if key not in given}
     settings = chosen.with_({**changes, "model.start": str(path)})
     _check_network(model, settings, path)
