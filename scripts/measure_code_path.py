@@ -33,7 +33,7 @@ import useg
 
 PACKAGE = Path(useg.__file__).parent
 FOUNDATIONS = (
-    "errors.py", "files.py", "folders.py", "ownership.py", "parsing.py", "machine.py", "device.py",
+    "errors.py", "files.py", "ownership.py", "parsing.py", "machine.py", "device.py",
     "config.py", "distributed.py",
 )  # fmt: skip
 MADE_SCENES = 8

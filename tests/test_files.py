@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from useg import files
 from useg.errors import DataError, MachineError, UsageError, choose, need, suggest
@@ -20,6 +22,7 @@ from useg.files import (
     clear_drafts,
     locked_folder,
     make_folder,
+    natural_key,
     replacing,
     replacing_folder,
     write_json,
@@ -234,3 +237,14 @@ def test_a_disk_that_folds_names_is_known(tmp_path: Path, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(os.path, "lexists", folding)
         assert files._ignores_case(tmp_path)
+
+
+@given(st.lists(st.integers(0, 10**6), unique=True))
+def test_numbers_in_names_count_as_numbers(numbers: list[int]) -> None:
+    names = [Path(f"f/a_{n}.png") for n in numbers]
+    assert sorted(names, key=natural_key) == [Path(f"f/a_{n}.png") for n in sorted(numbers)]
+
+
+@given(st.lists(st.text(max_size=6)))
+def test_natural_order_is_a_total_order_of_any_names(names: list[str]) -> None:
+    assert sorted(sorted(names, reverse=True), key=natural_key) == sorted(names, key=natural_key)

@@ -156,7 +156,6 @@ def test_the_key_covers_all_modules_that_decode_samples() -> None:
         "data/cache_folder.py",
         "errors.py",
         "files.py",
-        "folders.py",
         "images/__init__.py",
         "machine.py",
         "models/__init__.py",

@@ -26,7 +26,7 @@ from PIL import Image as Pillow
 from useg.classes import IGNORE
 from useg.cli import main
 from useg.errors import DataError, UsageError
-from useg.folders import natural_key
+from useg.files import natural_key
 from useg.images.files import encode_png, read_image, read_mask, read_no_data, write_picture
 from useg.inference import files
 from useg.inference.files import find_images, find_sources, parse_shard, predict

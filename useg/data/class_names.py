@@ -22,7 +22,7 @@ from useg.data.dataset import pick_evenly
 from useg.data.mask_content import channels_of
 from useg.data.names import plain_stem
 from useg.errors import UsageError
-from useg.folders import list_files
+from useg.files import list_files
 from useg.images.files import list_image_files
 from useg.parsing import decode_text, parse_yaml, read_limited
 

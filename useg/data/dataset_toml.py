@@ -46,7 +46,7 @@ from useg.data.truth import (
     name_differences,
 )
 from useg.errors import DataError, suggest
-from useg.folders import natural_key
+from useg.files import natural_key
 from useg.images.files import list_image_files
 from useg.parsing import read_toml, shorten
 

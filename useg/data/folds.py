@@ -27,7 +27,7 @@ from useg.data.splits import (
     names_below_root,
 )
 from useg.errors import DataError, SettingsError
-from useg.folders import natural_key
+from useg.files import natural_key
 
 # Share of the training images that is kept back to score images of the training groups.
 NEAR_SHARE = 0.1

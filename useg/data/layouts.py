@@ -51,7 +51,7 @@ from useg.data.split_files import read_split_csv
 from useg.data.truth import OpenChoiceError
 from useg.data.unrecognized import describe_unrecognized
 from useg.errors import DataError, UsageError, format_count, suggest
-from useg.folders import cached_walks, list_files, walk_folders
+from useg.files import cached_walks, list_files, walk_folders
 from useg.images.files import count_pages, read_npy_shape, read_size
 from useg.images.formats import ALL_PAGES, STACK_SUFFIXES
 from useg.parsing import open_file

@@ -17,7 +17,7 @@ from useg.data.names import IMAGE_WORDS, MASK_WORDS, find_by_tail, path_tails, s
 from useg.data.split_files import split_of_list, split_rows
 from useg.data.truth import is_photograph
 from useg.errors import DataError, format_count
-from useg.folders import list_files, natural_key
+from useg.files import list_files, natural_key
 from useg.images.files import list_image_files
 from useg.parsing import decode_text, parse_json, read_limited
 

@@ -55,7 +55,7 @@ from useg.data.truth import (
     read_points,
 )
 from useg.errors import DataError, format_count
-from useg.folders import natural_key
+from useg.files import natural_key
 from useg.images.files import count_pages, holds_python_objects, list_image_files
 
 # Names of folders by which published layouts are recognised.

@@ -36,7 +36,7 @@ from useg.data.truth import (
     is_photograph,
 )
 from useg.errors import UsageError
-from useg.folders import natural_key
+from useg.files import natural_key
 from useg.images.files import read_size
 
 # The number of one of several masks of an image, at the end of its name.

@@ -31,7 +31,7 @@ from useg.data.duplicates import (
 from useg.data.layouts import find_dataset
 from useg.data.names import strip_role_words
 from useg.errors import DataError, SettingsError, choose
-from useg.folders import natural_key
+from useg.files import natural_key
 from useg.images.formats import ALL_PAGES
 
 # With fewer groups, a score on one held-out group means little.

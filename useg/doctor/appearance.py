@@ -24,7 +24,7 @@ from useg.doctor.measure import (
     Measurement,
 )
 from useg.errors import format_count
-from useg.folders import natural_key
+from useg.files import natural_key
 
 # With fewer images, in all or in a folder or split, the usual appearance of the classes is unknown.
 _MIN_IMAGES_OF_APPEARANCE, _MIN_IMAGES_OF_GROUP = 12, 3

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Label, palette
 from useg.errors import DataError, SettingsError
-from useg.files import replacing
-from useg.folders import list_files
+from useg.files import list_files, replacing
 from useg.images.decode import (
     decode,
     decode_alpha,
@@ -159,7 +158,7 @@ def holds_python_objects(path: Path) -> bool:
 
 
 def list_image_files(folder: Path) -> list[Path]:
-    """List the image files in a folder and its sub-folders, as :func:`useg.folders.list_files`."""
+    """List the image files in a folder and its sub-folders, as :func:`useg.files.list_files`."""
     return list_files(folder, IMAGE_SUFFIXES)
 
 

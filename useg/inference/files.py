@@ -28,8 +28,7 @@ from pathlib import Path
 import torch
 
 from useg.errors import DataError, SettingsError, UsageError, format_count
-from useg.files import MAX_NAME_BYTES, clear_drafts, refuse_same_names
-from useg.folders import natural_key
+from useg.files import MAX_NAME_BYTES, clear_drafts, natural_key, refuse_same_names
 from useg.images.files import Image, list_pages, read_image_and_missing, read_size
 from useg.images.formats import ALL_PAGES, IMAGE_SUFFIXES, STACK_SUFFIXES, clear_errors
 from useg.inference.annotation_tools import LabelledImage

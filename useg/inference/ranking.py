@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from useg.classes import softmax
 from useg.data.duplicates import compute_signature
 from useg.errors import UsageError
-from useg.files import make_folder, replacing
-from useg.folders import natural_key
+from useg.files import make_folder, natural_key, replacing
 from useg.images.files import Image, read_image_and_missing
 from useg.inference.files import Failure, find_images, refuse_only_failures
 from useg.machine import in_parallel

@@ -33,7 +33,7 @@ from useg.data.annotations.shapes import Drawing, RunLengths, Shape, decode_rle
 from useg.data.dataset import pick_evenly
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
-from useg.folders import natural_key
+from useg.files import natural_key
 from useg.images.files import read_image
 from useg.parsing import decode_text, find_separator, open_file
 
