@@ -239,9 +239,14 @@ class Peer(torch.nn.Module):
 def learn_smp(trainer: Trainer, steps: int) -> None:
     """Train as the CamVid example of segmentation_models.pytorch does."""
     package, model = smp_package(), trainer.model
-    num_classes = len(model.classes)
-    network = package.Unet("timm-tf_efficientnet_lite0", encoder_weights=None, classes=num_classes)
-    like = EncoderUNet("lite0", 3, num_classes)
+    channels, num_classes = len(model.mean.flatten()), len(model.classes)
+    network = package.Unet(
+        "timm-tf_efficientnet_lite0",
+        encoder_weights=None,
+        in_channels=channels,
+        classes=num_classes,
+    )
+    like = EncoderUNet("lite0", channels, num_classes)
     load_pretrained(like)
     published = {k: v for k, v in like.encoder.state_dict().items() if v.ndim}
     own = {k: v for k, v in network.encoder.state_dict().items() if v.ndim}
