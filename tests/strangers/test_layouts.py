@@ -704,7 +704,15 @@ def test_masks_with_a_class_more_are_not_scribbles_of_those_without_it(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "split"), [("TE", "test"), ("tst", "test"), ("VA", "val"), ("val", "val")]
+    ("name", "split"),
+    [
+        ("TE", "test"),
+        ("TE1", "test"),
+        ("tst", "test"),
+        ("VA", "val"),
+        ("VD", "val"),
+        ("val", "val"),
+    ],
 )
 def test_short_names_of_splits_count_beside_each_other(
     tmp_path: Path, name: str, split: str
@@ -719,6 +727,27 @@ def test_short_names_of_splits_count_beside_each_other(
     for k in range(6):
         write_pair(tmp_path / "mr", k, "TE-images/a{k}.jpg", "TE-masks/a{k}.png")
     assert splits_of(find_dataset(tmp_path / "mr"))["test"] == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("SBUTrain4KRecovered", "SBU-Test"), ("train", "test")),
+        (("Training400", "Annotations-Val"), ("train", "val")),
+        (("train", "dev"), ("train", "val")),
+        (("train", "eval"), ("train", "test")),
+        # One of them has no split.
+        (("SBUTrain4KRecovered", "SBU-Rest"), ("", "")),
+    ],
+)
+def test_folders_that_all_name_a_split_count_beside_each_other(
+    tmp_path: Path, names: tuple[str, str], splits: tuple[str, str]
+) -> None:
+    for name, seeds in zip(names, (range(4), range(4, 7)), strict=True):
+        for k in seeds:
+            write_pair(tmp_path, k, f"{name}/photos/a{{k}}.png", f"{name}/masks/a{{k}}.png")
+    found = Counter(pair.split for pair in find_dataset(tmp_path).pairs)
+    assert found == Counter({splits[0]: 4}) + Counter({splits[1]: 3})
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,12 @@ SPLIT_FOLDERS = {
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "validierung": "val",
+    "dev": "val",
     "test": "test",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
 
 # With this many shapes in an image, on average, the shapes of a class are objects.

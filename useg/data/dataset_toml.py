@@ -36,7 +36,7 @@ from useg.classes import ClassTable
 from useg.data.annotations.pairing import pair_annotated, pair_yolo
 from useg.data.dataset import ClassMasks, DetectedLayout, Pair
 from useg.data.names import MASK_WORDS, common_glob
-from useg.data.official_splits import find_official_split, learn_affixes, leave_for_prediction
+from useg.data.official_splits import find_official_splits, leave_for_prediction
 from useg.data.pairing import match_lists
 from useg.data.truth import (
     OTHER_WORDS,
@@ -298,8 +298,7 @@ def _pair_by_wildcards(
         )
     if suffixes == {".txt"}:
         return replace(pair_yolo(folder, matched.pairs), images=matched.images, masks=matched.masks)
-    affixes = learn_affixes({part for path in images for part in path.parts})
-    splits = {path: find_official_split(path, folder, affixes) for path in images}
+    splits = find_official_splits(images, folder)
     labelled = [splits[image] for image, _ in matched.pairs]
     alone, notes = leave_for_prediction(matched.images, splits, labelled)
     return DetectedLayout(

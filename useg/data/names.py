@@ -74,6 +74,7 @@ SHORT_SPLITS = {
     "tr": "train",
     "trn": "train",
     "va": "val",
+    "vd": "val",
     "te": "test",
     "ts": "test",
     "tst": "test",
@@ -92,8 +93,10 @@ _MAX_SAMPLES = 32
 _MAX_CANDIDATES = 12
 _MAX_COMPARED = 300
 _MAX_SHARING = 4000
-# Ways in which a rule may fit a name; each is tried.
+# A rule that may fit a name in more ways is not tried.
 _MAX_FITS = 10_000
+# Up to this many ways are all tried, otherwise the first and the last.
+_MAX_PLACES = 32
 # Rules that are tried on all names.
 _MAX_RULES = 48
 
@@ -120,7 +123,7 @@ class Rule:
 
     @cached_property
     def _patterns(self) -> tuple[re.Pattern[str], ...]:
-        # The texts may occur several times in a name: the first and the last place are tried.
+        # Where the texts occur very often in a name, only the first and the last place are tried.
         return tuple(
             re.compile(
                 "".join(
@@ -135,8 +138,12 @@ class Rule:
         """Return the names that may follow: none if the rule does not fit, or very many times."""
         # The texts at the ends have one place. A longer text may overlap itself.
         inner = [part[0] for part in self.parts[1:-1] if part]
-        if not 0 < math.prod(name.count(text) * max(len(text), 1) for text in inner) <= _MAX_FITS:
+        num_fits = math.prod(name.count(text) * max(len(text), 1) for text in inner)
+        if not 0 < num_fits <= _MAX_FITS:
             return []
+        if 2 < num_fits <= _MAX_PLACES:
+            found = list(_follow(self.parts, name))
+            return [*found[1:-1], *found[:1], *found[1:][-1:]]
         found = []
         for pattern in self._patterns:
             if fit := pattern.fullmatch(name):
@@ -145,6 +152,23 @@ class Rule:
                     "".join(next(shared) if part is None else part[1] for part in self.parts)
                 )
         return found
+
+
+def _follow(parts: Sequence[tuple[str, str] | None], name: str) -> Iterator[str]:
+    """Yield what follows from a name by the parts of a rule, with its texts at any place."""
+    part, rest = parts[0], parts[1:]
+    if part is not None:
+        if name.startswith(part[0]) and (rest or name == part[0]):
+            ends = _follow(rest, name.removeprefix(part[0])) if rest else iter([""])
+            yield from (part[1] + end for end in ends)
+    elif not rest:
+        yield from [name] if name else []
+    else:
+        text = rest[0][0] if rest[0] else ""
+        place = name.find(text, 1)
+        while place > 0:
+            yield from (name[:place] + end for end in _follow(rest, name[place:]))
+            place = name.find(text, place + 1)
 
 
 @dataclass(frozen=True)

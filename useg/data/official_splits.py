@@ -57,15 +57,37 @@ def find_official_split(path: Path, root: Path, affixes: frozenset[str] = frozen
     return next((split for split in splits if split), "")
 
 
-def learn_affixes(folders: Iterable[str]) -> frozenset[str]:
-    """Return texts that stand beside several splits: ``crop`` for ``traincrop``, ``valcrop``."""
+def find_official_splits(
+    images: Iterable[Path], root: Path, files: Iterable[Path] = ()
+) -> dict[Path, str]:
+    """Return the official split of each image; ``files`` are those whose folders show affixes."""
+    images = list(images)
+    affixes = learn_affixes(files or images, root)
+    return {path: find_official_split(path, root, affixes) for path in images}
+
+
+def learn_affixes(files: Iterable[Path], root: Path) -> frozenset[str]:
+    """Return texts beside splits in folders' names: ``crop`` for ``traincrop`` and ``valcrop``.
+
+    Each stands beside several splits, or all folders of one folder have a split in their names:
+    ``SBUTrain4K`` and ``SBU-Test``.
+    """
+    parents = {path.parent for path in files}
+    folders = {each for path in parents for each in (path, *path.parents) if root in each.parents}
     found: dict[str, set[str]] = defaultdict(set)
+    beside: dict[Path, list[tuple[str, str]]] = defaultdict(list)
     for folder in folders:
-        split, rest = divide_folder(folder)
+        split, rest = divide_folder(folder.name)
+        beside[folder.parent].append((split, rest))
         if not split:
-            split, rest = _divide_short(folder)
+            split, rest = _divide_short(folder.name)
         if split and rest:
             found[rest].add(split)
+    for divided in beside.values():
+        splits = {split for split, _ in divided}
+        if "" not in splits and len(splits) > 1:
+            for _, rest in divided:
+                found[rest] |= splits
     return frozenset(rest for rest, splits in found.items() if len(splits) > 1)
 
 
@@ -73,7 +95,7 @@ def _divide_short(folder: str) -> tuple[str, str]:
     """Return the split whose short name is in a folder's name, and the rest, which is not empty."""
     parts = [part.casefold() for part in split_folder(folder)]
     splits = {SHORT_SPLITS[part] for part in parts if part in SHORT_SPLITS}
-    rest = "".join(part for part in parts if part not in SHORT_SPLITS and part.isalnum())
+    rest = "".join(part for part in parts if part not in SHORT_SPLITS and part.isalpha())
     return (splits.pop(), rest or "in short") if len(splits) == 1 else ("", "")
 
 

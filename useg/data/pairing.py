@@ -34,8 +34,7 @@ from useg.data.names import (
     strip_role_words,
 )
 from useg.data.official_splits import (
-    find_official_split,
-    learn_affixes,
+    find_official_splits,
     leave_for_prediction,
     split_by_stems,
 )
@@ -312,8 +311,7 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
 
 def _find_splits(images: Sequence[Path], files: NamedFiles) -> dict[Path, str]:
     """Return the split of each image that folders, or else names, show; ``""`` without one."""
-    affixes = learn_affixes({part for path in files.paths.values() for part in path.parts})
-    splits = {path: find_official_split(path, files.root, affixes) for path in images}
+    splits = find_official_splits(images, files.root, files.paths.values())
     return splits if any(splits.values()) else {**splits, **split_by_stems(images)}
 
 
@@ -488,8 +486,9 @@ def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | Non
     if _cover_whole_image(several, marked):
         return None
     _refuse_several_annotators(several, marked)
+    splits = find_official_splits((image for image, _, _ in places), root)
     pairs = (
-        Pair(image, folder, find_official_split(image, root), truth=Instances(tuple(masks)))
+        Pair(image, folder, splits[image], truth=Instances(tuple(masks)))
         for image, folder, masks in places
     )
     rest = sorted({*beside} - {image for image, _, _ in places}, key=natural_key)

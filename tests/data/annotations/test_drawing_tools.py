@@ -42,6 +42,16 @@ def test_labelme_files_may_lie_beside_the_images_or_in_their_own_folder(tmp_path
     assert (read_first_label(find_dataset(apart)) == expect_block(1)).all()
 
 
+def test_folders_that_all_name_a_split_are_splits_of_annotated_images(tmp_path):
+    for folder in ("MoNuSegTrainingData", "MoNuSegTestData"):
+        write_photo(tmp_path / folder / "a.jpg")
+        write_file(tmp_path / folder / "a.json", labelme({"points": CORNERS}, image="a.jpg"))
+    assert sorted(images_and_splits(find_dataset(tmp_path))) == [
+        ("MoNuSegTestData/a.jpg", "test"),
+        ("MoNuSegTrainingData/a.jpg", "train"),
+    ]
+
+
 def test_labelme_finds_a_renamed_image_by_the_name_of_the_annotation_file(tmp_path):
     write_photo(tmp_path / "b.png")
     write_file(tmp_path / "b.json", labelme({"points": CORNERS}, image="C:/Pictures/IMG_1234.jpg"))

@@ -69,7 +69,7 @@ from useg.data.annotations.run_lengths import (
 )
 from useg.data.annotations.shapes import Drawing
 from useg.data.dataset import DetectedLayout, Pair
-from useg.data.official_splits import find_official_split
+from useg.data.official_splits import find_official_splits
 from useg.errors import DataError, format_count, join_names
 from useg.files import list_files, natural_key
 from useg.images.files import list_image_files, read_size
@@ -335,11 +335,12 @@ def _to_layout(
             f"no image in '{reading.root}' has a shape in its {annotations.layout} file, such as "
             f"'{located[0][1].file}'; annotate some"
         )
+    splits = find_official_splits(entries, reading.root)
     pairs = (
         Pair(
             image,
             entry.file,
-            find_entry_split(entry) or find_official_split(image, reading.root),
+            find_entry_split(entry) or splits[image],
             truth=_with_size(entry, image),
         )
         for image, entry in sorted(entries.items(), key=lambda item: natural_key(item[0]))
