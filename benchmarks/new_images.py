@@ -45,7 +45,6 @@ from useg.config import Settings
 from useg.cross_validation import train_folds
 from useg.data.dataset import Dataset, pick_evenly, read_pair_image, read_sample
 from useg.data.layouts import find_dataset
-from useg.images.files import resize_image
 from useg.inference.adapt import choose_share, to_input
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import runtime_of_model
@@ -84,8 +83,7 @@ def adapt_to(model: Segmenter, dataset: Dataset) -> tuple[Segmenter, float]:
     images = []
     for pair in pick_evenly(dataset.of("test"), NUM_SCORED):
         image = fit_bands(read_pair_image(pair), model.channels, model.pixels, str(pair.image))
-        size = model.working.of(image.shape[1], image.shape[0])
-        images.append(to_input(model, resize_image(image, size)))
+        images.append(to_input(model, model.working.prepare(image)))
     adapted, adaptation = choose_share(model, images)
     return adapted, adaptation.share
 

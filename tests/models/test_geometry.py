@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from made_data import build_samples, write_tiff_dataset
 
 from useg.errors import DataError
+from useg.images.files import resize_image
 from useg.models.geometry import (
     Geometry,
     WorkingSize,
@@ -85,10 +86,14 @@ def test_standardised_images_have_one_brightness_and_contrast_and_keep_their_col
     assert np.ptp(standardize(np.tile(np.uint8([[[3], [4]]]), (9, 9, 1)))) == 7
 
 
-def test_images_are_standardised_only_if_the_model_wants_that() -> None:
+def test_images_are_resized_and_standardised_only_if_the_model_wants_that() -> None:
     image = np.random.default_rng(0).integers(0, 90, (40, 60, 3), np.uint8)
-    assert WorkingSize((60, 40)).finish(image) is image
-    assert (WorkingSize((60, 40), standardize=True).finish(image) == standardize(image)).all()
+    assert WorkingSize((60, 40)).prepare(image) is image
+    for size in (None, (24, 16)):
+        reduced = resize_image(image, size or (30, 20))
+        assert (WorkingSize((30, 20)).prepare(image, size) == reduced).all()
+        found = WorkingSize((30, 20), standardize=True).prepare(image, size)
+        assert (found == standardize(reduced)).all()
 
 
 def test_training_sees_the_standardised_images_that_prediction_sees(tmp_path: Path) -> None:

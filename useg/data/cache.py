@@ -30,7 +30,7 @@ from useg.data import cache_folder
 from useg.data.cache_folder import CacheKey, make_cache_key
 from useg.data.dataset import Dataset, Pair, object_classes, read_objects, read_sample
 from useg.files import find_cache_folder
-from useg.images.files import Image, resize_image, resize_label
+from useg.images.files import Image, resize_label
 from useg.machine import in_parallel
 from useg.models.geometry import WorkingSize, fit_bands
 from useg.objects.separation import measure_depth
@@ -279,16 +279,15 @@ def build_cache(
 
     def decode(k: int) -> CachedSample:
         sample = read_sample(pairs[k], dataset)
-        image = fit_bands(sample.image, channels, pixels, str(pairs[k].image))
-        size = working.of(image.shape[1], image.shape[0])
-        missing = sample.missing
+        image = working.prepare(fit_bands(sample.image, channels, pixels, str(pairs[k].image)))
+        size, missing = (image.shape[1], image.shape[0]), sample.missing
         label: NDArray[Any] = resize_label(sample.label, size)
         if objects:
             # The numbers are reduced, and not the depths: so the valleys between objects stay.
             numbers = resize_label(read_objects(pairs[k], dataset), size)
             label = pack_target(label, measure_depth(numbers))
         return CachedSample(
-            working.finish(resize_image(image, size)),
+            image,
             label,
             sample.label if native else None,
             None if missing is None else resize_label(missing.astype(np.uint8), size) > 0,
@@ -311,6 +310,17 @@ def build_cache(
                 f"the cache {folder} cannot be used ({error.strerror or error}); "
                 "the decoded images go to a temporary file, for this run only"
             )
+    return _create_uncached(pixels, labels, decode, write, warn)
+
+
+def _create_uncached(
+    pixels: str,
+    labels: str,
+    decode: Callable[[int], CachedSample],
+    write: Callable[[BinaryIO], SampleTable],
+    warn: Callable[[str], None],
+) -> Samples:
+    """Decode samples for this run only: into a temporary file, or else into memory."""
     try:
         with tempfile.TemporaryFile() as file:
             table = write(file)

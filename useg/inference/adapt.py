@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from useg.data.dataset import pick_evenly
 from useg.errors import DataError, ModelError, UsageError, format_count
 from useg.files import locked_folder, make_folder
-from useg.images.files import read_image, resize_image
+from useg.images.files import read_image
 from useg.inference.files import find_images
 from useg.models.geometry import fit_bands, output_size, reflect_indices
 from useg.models.segmenter import (
@@ -210,8 +210,7 @@ def _read_pictures(model: Segmenter, pictures: str | os.PathLike[str]) -> list[T
     images = []
     for path in paths:
         image = fit_bands(read_image(path), model.channels, model.pixels, str(path))
-        small = resize_image(image, model.working.of(image.shape[1], image.shape[0]))
-        images.append(to_input(model, model.working.finish(small)))
+        images.append(to_input(model, model.working.prepare(image)))
     return images
 
 

@@ -524,7 +524,7 @@ def _working_outputs(
 ) -> NDArray[np.float32]:
     """Return all logits of one model for one view of an image, at the size that it computes."""
     working, (height, width) = runtime.description.working, image.shape[:2]
-    pixels = view.apply(working.finish(resize(image, view.size(*working.of(width, height)))))
+    pixels = view.apply(working.prepare(image, view.size(*working.of(width, height)), resize))
     network_geometry = runtime.description.geometry
     if tile is None:
         tile, network_geometry = _choose_windows(runtime, pixels)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.errors import DataError
-from useg.images.files import Image
+from useg.images.files import Image, resize_image
 
 # Mean and deviation of standardised images. An image with a smaller deviation than the last is
 # treated as if it had that, so that the noise of an empty image does not become large.
@@ -50,8 +50,14 @@ class WorkingSize:
             scale = (self.frame[0] * self.frame[1] / (width * height)) ** 0.5
         return max(1, round(width * scale)), max(1, round(height * scale))
 
-    def finish(self, resized: Image) -> Image:
-        """Standardise an image of the working size if the model wants that."""
+    def prepare(
+        self,
+        image: Image,
+        size: tuple[int, int] | None = None,
+        resize: Callable[[Image, tuple[int, int]], Image] = resize_image,
+    ) -> Image:
+        """Resize an image to the working size, or ``size``, and standardise it where wanted."""
+        resized = resize(image, size or self.of(image.shape[1], image.shape[0]))
         return standardize(resized) if self.standardize else resized
 
 

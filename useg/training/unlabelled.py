@@ -26,7 +26,7 @@ from useg.data.cache import CachedSample
 from useg.data.dataset import pick_evenly
 from useg.data.pairing import find_masks
 from useg.errors import DataError, SettingsError, format_count
-from useg.images.files import Image, list_image_files, read_image, resize_image
+from useg.images.files import Image, list_image_files, read_image
 from useg.machine import in_parallel
 from useg.models.geometry import fit_bands
 from useg.scoring.metrics import class_ious, mean_present, tally
@@ -118,8 +118,7 @@ def read_colours(
 
     def read(path: Path) -> Image:
         image = fit_bands(read_image(path), plan.channels, plan.pixels, str(path))
-        size = plan.working.of(image.shape[1], image.shape[0])
-        return plan.working.finish(resize_image(image, size))
+        return plan.working.prepare(image)
 
     found = [(measure_colours(each), _likeness(each)) for each in in_parallel(read, paths)]
     known = [
