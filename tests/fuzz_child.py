@@ -28,6 +28,7 @@ from mutations import MUTATIONS, mutated, mutated_zarr, seeds
 from useg.errors import UsageError
 from useg.images import files
 from useg.images.ome_zarr import open_zarr
+from useg.images.stacks import read_stack
 
 SECONDS, WAIT_SECONDS, MEGABYTES = 2.0, 20.0, 512
 # Files that give no picture as they are: stacks, and formats that useg does not read.
@@ -70,7 +71,7 @@ OTHERS = (
     files.read_size,
     files.read_mask,
     files.read_palette,
-    files.num_pages,
+    read_stack,
     files.read_colors,
     _upload,
     _first_page,

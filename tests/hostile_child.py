@@ -29,6 +29,7 @@ from mutations import seeds
 
 from useg.errors import UsageError
 from useg.images import files
+from useg.images.stacks import read_stack
 
 CASE = Path(tempfile.mkdtemp()) / "case"
 SECONDS, ADDRESS_SPACE = 20, 12 << 30
@@ -36,7 +37,7 @@ SECONDS, ADDRESS_SPACE = 20, 12 << 30
 
 def of_useg(path: Path) -> Any:
     results = [str(files.read_size(path, page)) for page in (0,)]
-    files.num_pages(path)
+    read_stack(path)
     files.read_palette(path)
     return results, files.decode_image(path.read_bytes(), page=0).shape
 

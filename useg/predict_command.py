@@ -5,6 +5,7 @@ The command refuses options that its mode does not use, so that none is dropped 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from useg.errors import SettingsError, UsageError, format_count
 from useg.files import refuse_same_names
 from useg.machine import paused_garbage_collection
 from useg.ownership import is_own_video, refuse_foreign_files
-from useg.parsing import printable
+from useg.parsing import printable, shorten
 
 if TYPE_CHECKING:
     from useg.inference.outputs import OutputOptions
@@ -145,7 +146,6 @@ def predict_command(
     could not be labelled.
     """
     with paused_garbage_collection(freeze=True):
-        from useg.inference.files import parse_shard
         from useg.inference.outputs import OutputOptions
         from useg.inference.video import VIDEO_SUFFIXES
 
@@ -192,6 +192,22 @@ def predict_command(
     if json_file != Path("-"):
         show(result.summary)
     _report_failures(result, "ranked" if rank else "labelled")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parse ``"2/3"``, the second of three parts of a job, into ``(2, 3)``.
+
+    Raises:
+        SettingsError: The text has another form, or the part is out of range.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    shard = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= shard[0] <= shard[1]:
+        raise SettingsError(
+            f"{shorten(text)} is not a shard; "
+            f"give I/N with I from 1 to N: 2/3 is the second of three shards"
+        )
+    return shard
 
 
 @dataclass(frozen=True)
@@ -268,12 +284,13 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
     lines = []
     failed: list[tuple[str, str]] = []
     if images:
-        from useg.inference.files import find_sources, plan_outputs, predict
+        from useg.inference.files import find_sources, find_stack, plan_outputs, predict
 
         found = find_sources(images)
         if videos:
             # The videos come first, but neither may begin if the other is refused.
-            plan_outputs(found.images, job.out, job.options)
+            stacks = {path: find_stack(path) for path in found.images}
+            plan_outputs(stacks, job.out, job.options)
     for entry, line in _label_videos(job, videos, reporter):
         content["videos"].append(entry)
         lines.append(line)

@@ -23,6 +23,7 @@ from useg.classes import CAMVID, CARLA, palette
 from useg.errors import UsageError
 from useg.images import files
 from useg.images.large_tiff import tiff_declared_pixels
+from useg.images.stacks import read_stack
 
 pytestmark = pytest.mark.wheel
 
@@ -386,7 +387,7 @@ def test_resizing_a_label_makes_no_new_ids(label, width, height):
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    for reader in (files.read_image, files.read_size, files.read_palette, files.num_pages):
+    for reader in (files.read_image, files.read_size, files.read_palette, read_stack):
         with pytest.raises(UsageError, match=r"a\.png' is a pipe or a device, not a file"):
             reader(tmp_path / "a.png")
     assert tiff_declared_pixels(tmp_path / "a.png") == 0

@@ -12,6 +12,7 @@ import pytest
 from useg.errors import MissingPackageError, UsageError
 from useg.images import files, jpeg2000
 from useg.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from useg.images.stacks import read_stack
 
 RNG = np.random.default_rng(5)
 RGB = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -69,7 +70,7 @@ def test_what_a_file_stores_is_read(tmp_path, content, image, mask):
     assert np.array_equal(np.squeeze(read), image)
     assert read.dtype in (np.uint8, np.uint16, np.float32)
     assert files.read_size(path) == (30, 20)
-    assert files.num_pages(path) == 1
+    assert read_stack(path).num_pages == 1
     if mask is not None:
         assert np.array_equal(files.read_mask(path), mask)
 
@@ -126,7 +127,7 @@ def test_dicom_is_read(tmp_path):
     path.write_bytes(dicom(GREY, "MONOCHROME1"))
     assert np.array_equal(files.read_image(path)[..., 0], 255 - GREY)
     path.write_bytes(dicom(np.stack([IDS, GREY])))
-    assert (files.num_pages(path), files.read_size(path, 0)) == (2, (30, 20))
+    assert (read_stack(path).num_pages, files.read_size(path, 0)) == (2, (30, 20))
     assert np.array_equal(files.read_mask(path, page=0), IDS)
     assert np.array_equal(files.read_image(path, page=1)[..., 0], GREY)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from useg.errors import UsageError
 from useg.images import files
+from useg.images.stacks import read_stack
 from useg.images.tiff_directories import GEO_TAGS
 
 RNG = np.random.default_rng(0)
@@ -222,7 +223,7 @@ def test_a_page_of_a_stack_is_read_by_its_number(tmp_path, options):
                     if k not in ("byteorder", "bigtiff", "imagej", "ome")
                 },
             )
-    assert files.num_pages(path) == 6
+    assert read_stack(path).num_pages == 6
     for page in range(6):
         assert np.array_equal(files.read_image(path, page=page)[..., 0], STACK[page])
         assert np.array_equal(files.read_mask(path, page=page), STACK[page])
@@ -249,7 +250,7 @@ def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
                 reader(tmp_path / "z.tif", page=page)
     for path in (tmp_path / "a.png", tmp_path / "a.tif"):
         PIL.Image.fromarray(GREY).save(path)
-        assert files.num_pages(path) == 1
+        assert read_stack(path).num_pages == 1
         assert np.array_equal(files.read_image(path, page=0)[..., 0], GREY)
         assert files.read_size(path, page=0) == (7, 5)
         for reader in (files.read_image, files.read_size):
@@ -263,18 +264,18 @@ def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
 def test_an_axis_of_channels_is_bands_and_the_others_are_pages(tmp_path, options):
     path = tmp_path / "c.tif"
     tifffile.imwrite(path, STACK, metadata={"axes": "CYX"}, photometric="minisblack", **options)
-    assert files.num_pages(path) == 1
+    assert read_stack(path).num_pages == 1
     assert np.array_equal(files.read_image(path), np.moveaxis(STACK, 0, -1))
     assert files.read_size(path) == (20, 16)
     stack = STACK.reshape(2, 3, 16, 20)
     tifffile.imwrite(path, stack, metadata={"axes": "ZCYX"}, photometric="minisblack", **options)
-    assert files.num_pages(path) == 2
+    assert read_stack(path).num_pages == 2
     assert np.array_equal(files.read_image(path, page=1), np.moveaxis(stack[1], 0, -1))
     if "imagej" not in options:  # ImageJ's own order is fixed
         tifffile.imwrite(
             path, stack, metadata={"axes": "CZYX"}, photometric="minisblack", **options
         )
-        assert files.num_pages(path) == 3
+        assert read_stack(path).num_pages == 3
         assert np.array_equal(files.read_image(path, page=2), np.moveaxis(stack[:, 2], 0, -1))
 
 
@@ -287,7 +288,7 @@ def test_pages_of_colour(tmp_path):
             photometric="rgb",
             planarconfig=planar,
         )
-        assert files.num_pages(tmp_path / "c.tif") == 6
+        assert read_stack(tmp_path / "c.tif").num_pages == 6
         assert np.array_equal(files.read_image(tmp_path / "c.tif", page=4), stack[4])
 
 
@@ -462,7 +463,7 @@ def test_an_ome_tiff_does_not_open_other_files(tmp_path):
     )
     tifffile.imwrite(tmp_path / "a.ome.tif", STACK[:1], description=description, metadata=None)
     assert tifffile.imread(tmp_path / "a.ome.tif").shape == (2, 16, 20), "tifffile follows the name"
-    assert files.num_pages(tmp_path / "a.ome.tif") == 1
+    assert read_stack(tmp_path / "a.ome.tif").num_pages == 1
     assert np.array_equal(files.read_image(tmp_path / "a.ome.tif")[..., 0], STACK[0])
 
 
@@ -521,7 +522,7 @@ def test_more_channels_of_imagej_than_an_image_has_bands_are_pages(count, tmp_pa
     # tifffile calls the first axis channels if it is not named.
     stack = np.arange(count * 30, dtype=np.uint8).reshape(count, 5, 6)
     tifffile.imwrite(tmp_path / "z.tif", stack, imagej=True)
-    assert files.num_pages(tmp_path / "z.tif") == (1 if count == 64 else 65)
+    assert read_stack(tmp_path / "z.tif").num_pages == (1 if count == 64 else 65)
     if count == 65:
         page = files.read_image(tmp_path / "z.tif", page=64)
         np.testing.assert_array_equal(page[..., 0], stack[64])

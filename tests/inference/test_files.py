@@ -29,12 +29,13 @@ from useg.errors import DataError, UsageError
 from useg.files import natural_key
 from useg.images.files import encode_png, read_image, read_mask, read_no_data, write_picture
 from useg.inference import files
-from useg.inference.files import find_images, find_sources, parse_shard, predict
+from useg.inference.files import find_images, find_sources, predict
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.models.description import fit_training_images, measure_image
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import save_model
+from useg.predict_command import parse_shard
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 
@@ -588,7 +589,7 @@ def test_images_whose_label_maps_are_one_file_on_the_disk_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [tmp_path / "a.png", tmp_path / "A.png"]
-    assert len(files.plan_outputs(images, tmp_path / "out", OutputOptions())) == 2
+    assert len(files.plan_outputs(dict.fromkeys(images), tmp_path / "out", OutputOptions())) == 2
     monkeypatch.setattr("useg.files._ignores_case", lambda _: True)
     with pytest.raises(UsageError, match="would be one file"):
-        files.plan_outputs(images, tmp_path / "out", OutputOptions())
+        files.plan_outputs(dict.fromkeys(images), tmp_path / "out", OutputOptions())

@@ -19,8 +19,9 @@ from made_inference import make_model, make_predictor, textured_image
 
 from useg.errors import UsageError
 from useg.images import large_tiff
-from useg.images.files import num_pages, read_image, read_mask, read_palette
+from useg.images.files import read_image, read_mask, read_palette
 from useg.images.large_tiff import halved, open_raster
+from useg.images.stacks import read_stack
 from useg.inference import scans
 from useg.inference.predictor import Predictor
 from useg.inference.scans import is_scan, predict_scan
@@ -152,7 +153,7 @@ def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
     assert (label == predictor(image))[sure].all()
     assert (label == predictor(image)).mean() > 0.9999
     assert np.array_equal(read_palette(tmp_path / "labels.tif")[:4], predictor.classes.colors)
-    assert num_pages(tmp_path / "labels.tif") == 1
+    assert read_stack(tmp_path / "labels.tif").num_pages == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

@@ -145,6 +145,20 @@ def test_shards_divide_the_pages_and_a_second_run_keeps_them(
     assert run().kept == 0
 
 
+def test_the_pages_of_a_file_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(make_model_of(channels=1), tmp_path / "model.safetensors")
+    write_pages(tmp_path / "z.tif", pages(2))
+    counted: list[Path] = []
+    read_stack = files.read_stack
+    monkeypatch.setattr(files, "read_stack", lambda path: counted.append(path) or read_stack(path))
+    predict(
+        tmp_path / "model.safetensors", tmp_path / "z.tif", tmp_path / "out", wanted=LABELS_ONLY
+    )
+    assert counted == [tmp_path / "z.tif"]
+
+
 def test_foreign_files_and_equal_names_are_refused(tmp_path: Path) -> None:
     predictor = make_predictor(make_model_of(channels=1))
     write_pages(tmp_path / "z.tif", pages(2))

@@ -52,8 +52,9 @@ from useg.data.truth import OpenChoiceError
 from useg.data.unrecognized import describe_unrecognized
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.files import cached_walks, list_files, walk_folders
-from useg.images.files import count_pages, read_npy_shape, read_size
+from useg.images.files import read_size
 from useg.images.formats import ALL_PAGES, STACK_SUFFIXES
+from useg.images.stacks import count_pages, read_stack
 from useg.parsing import open_file
 
 # Annotation files that are examined beside masks: this many, and this many bytes at both ends.
@@ -287,7 +288,7 @@ def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
 
 def _describe_volume(path: Path) -> Iterator[str]:
     """Say that an array whose first two axes are equal may have its slices along the last."""
-    shape = read_npy_shape(path)
+    shape = read_stack(path).npy_shape
     if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
         height, width, depth = shape
         yield (

@@ -55,7 +55,8 @@ from useg.data.truth import (
 )
 from useg.errors import DataError, format_count
 from useg.files import natural_key
-from useg.images.files import count_pages, holds_python_objects, list_image_files
+from useg.images.files import holds_python_objects, list_image_files
+from useg.images.stacks import count_pages
 
 # Names of folders by which published layouts are recognised.
 _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}

@@ -24,8 +24,9 @@ from useg.data.dataset import pick_evenly
 from useg.data.names import MASK_WORDS, split_name
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
-from useg.images.files import list_pages, read_image, read_mask
+from useg.images.files import read_image, read_mask
 from useg.images.formats import STACK_SUFFIXES
+from useg.images.stacks import read_stack
 
 # Images whose masks are compared, and points of each.
 _NUM_SAMPLES = 6
@@ -160,7 +161,7 @@ def is_photograph(path: Path) -> bool | None:
 
 def _middle_page(path: Path) -> int | None:
     """Return the page in the middle of a stack, which is seldom empty; None for one image."""
-    pages = list_pages(path, 1)
+    pages = read_stack(path).find_images(num_bands=1)
     return pages[len(pages) // 2]
 
 

@@ -162,23 +162,6 @@ def decode_alpha(file: BinaryIO) -> NDArray[np.uint8] | None:
         return np.asarray(opened.getchannel("A"), np.uint8)
 
 
-def stored_pages(file: BinaryIO) -> int:
-    """Return the number of pages of which :func:`decode` reads one: 1 unless the file is a
-    stack."""
-    if is_tiff(file):
-        with open_tiff(file) as tiff:
-            return tiff.num_pages
-    return read_container(file).pages
-
-
-def has_grey_pages(file: BinaryIO) -> bool:
-    """Whether a file is a TIFF of pages of one band each."""
-    if not is_tiff(file):
-        return False
-    with open_tiff(file) as tiff:
-        return bool(tiff.first.samplesperpixel == tiff.planes.shape[1] == 1)
-
-
 def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
     """Return the ``(width, height)`` that :func:`decode` gives, from the header alone."""
     if is_tiff(file):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,20 +24,17 @@ from useg.files import list_files, replacing
 from useg.images.decode import (
     decode,
     decode_alpha,
-    has_grey_pages,
     stored_no_data,
-    stored_pages,
     stored_palette,
     stored_size,
 )
 from useg.images.formats import (
-    ALL_PAGES,
     IMAGE_SUFFIXES,
     StoredPixels,
     clear_errors,
     open_image_file,
 )
-from useg.images.other_formats import find_npy_shape
+from useg.images.stacks import MIN_GREY_PAGES
 from useg.ownership import (
     JPEG_COMMENT,
     MASK_MARK,
@@ -53,12 +50,6 @@ Image = NDArray[Any]
 IdType = TypeVar("IdType", np.uint8, np.int32)
 # Least number of bytes of the header of a .npy file.
 _NPY_HEADER_BYTES = 64
-
-# Two arrays of the same shape are stacks of grey images and masks if they have at least this many
-# images, whose sides have at least this many pixels.
-_MIN_GREY_PAGES, _MIN_GREY_SIDE = 5, 16
-# Three bands with values up to this are ids of three masks; colours have higher values.
-_MAX_FEW_IDS = 31
 
 # Indices of a palette that are looked up at once: as 64-bit numbers they fit into a processor's
 # cache.
@@ -177,7 +168,7 @@ def read_image(path: Path, max_pixels: int | None = None, page: int | None = Non
         max_pixels: larger images are refused before they are decoded, also those with more than 16
             bytes for each of these pixels. None: the environment variable USEG_MAX_PIXELS, or 300
             million.
-        page: page of a TIFF stack, from 0 (:func:`num_pages`); None for a file of one image;
+        page: page of a stack, from 0 (:mod:`useg.images.stacks`); None for a file of one image;
             ALL_PAGES: the pages of a TIFF are the bands of one image.
 
     Raises:
@@ -344,96 +335,6 @@ def read_no_data(path: Path) -> float | None:
         return stored_no_data(file)
 
 
-def num_pages(path: Path) -> int:
-    """Return how many images of one size a TIFF, DICOM or .npy holds; 1 for every other file.
-
-    The channels of an ImageJ stack are bands of one image. An array ``(N, H, W, C)`` is a stack.
-
-    Raises:
-        DataError: the file is missing or not an image.
-    """
-    with open_image_file(Path(path)) as file:
-        return stored_pages(file)
-
-
-def count_pages(image: Path, mask: Path) -> tuple[int, int]:
-    """Return how many images two files hold, and how many masks, as :func:`num_pages`.
-
-    An array ``(N, H, W)`` may be a stack of N, or an image of N or W bands. It is a stack if the
-    other file is one of N or of this height and width, or has the same shape, as images without
-    colours and their masks do; but not if the first two axes look like height and width.
-
-    Raises:
-        DataError: a file is missing or not an image.
-    """
-    counts, shapes = [], []
-    for path in (image, mask):
-        with open_image_file(path) as file:
-            counts.append(stored_pages(file))
-            shapes.append(find_npy_shape(file))
-    are_alike = shapes[0] == shapes[1] and len(shapes[0]) == 3
-    if are_alike and (_are_pages(shapes[0]) or _are_few_masks(mask, shapes[1])):
-        return shapes[0][0], shapes[0][0]
-    for own, other in ((0, 1), (1, 0)):
-        shape, same = shapes[own], (shapes[other][1:3], shapes[other][2:4])
-        fits = shape[:1] == (counts[other],) or shape[1:] in same
-        if counts[own] == 1 < counts[other] and len(shape) == 3 and fits:
-            counts[own] = shape[0]
-    return counts[0], counts[1]
-
-
-def read_npy_shape(path: Path) -> tuple[int, ...]:
-    """Return the shape of the array in a ``.npy`` file; ``()`` for other files.
-
-    Raises:
-        DataError: the file is missing or not an image.
-    """
-    with open_image_file(path) as file:
-        return find_npy_shape(file)
-
-
-def list_pages(path: Path, num_bands: int) -> Sequence[int | None]:
-    """Return the pages of a file that are images for a model of ``num_bands`` bands.
-
-    These are None for a file of one image, and all pages of a stack. A TIFF that has one page for
-    each of several bands is one image: ALL_PAGES. For a model of one band, an array ``(N, H, W)``
-    is a stack of N if both sides and N are as large as in :func:`count_pages`.
-
-    Raises:
-        DataError: the file is missing or not an image.
-    """
-    with open_image_file(path) as file:
-        count, shape = stored_pages(file), find_npy_shape(file)
-        if count == num_bands > 1 and has_grey_pages(file):
-            return [ALL_PAGES]
-    is_grey = num_bands == 1 and len(shape) == 3 and shape[0] <= shape[2] and _are_pages(shape)
-    count = shape[0] if is_grey else count
-    return range(count) if count > 1 else [None]
-
-
-def _are_few_masks(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether an array of two to four bands has ids that no mask of one image stores in bands.
-
-    Such a mask stores two values in a band for each class, equal bands, or three of colours.
-    """
-    count, height, width = shape
-    if not 2 <= count < _MIN_GREY_PAGES or min(height, width) < _MIN_GREY_SIDE:
-        return False
-    with open_image_file(path) as file:
-        pixels = decode(file).pixels
-    are_two = len(np.unique(pixels)) <= 2
-    are_equal = (pixels == pixels[..., :1]).all()
-    are_ids = pixels.dtype.kind in "bui" and (count != 3 or pixels.max() <= _MAX_FEW_IDS)
-    return bool(are_ids and not are_two and not are_equal)
-
-
-def _are_pages(shape: tuple[int, ...]) -> bool:
-    """Whether an array of three axes looks like grey images, and not like the bands of one."""
-    pages, *sides = shape
-    are_sides = 2 * min(sides) >= max(sides) and (pages != sides[0] or sides[0] == sides[1])
-    return pages >= _MIN_GREY_PAGES and min(sides) >= _MIN_GREY_SIDE and are_sides
-
-
 def encode_label(label: Label, table: ClassTable, mark: str = "") -> bytes:
     """Encode a label map ``(H, W)`` uint8 as a palette PNG.
 
@@ -570,7 +471,7 @@ def _eight_bit(colors: NDArray[Any], path: Path) -> NDArray[np.uint8]:
 
 def _describe_bands(path: Path, count: int) -> str:
     """Say that a mask has a wrong number of bands; those of an array may be slices."""
-    is_volume = path.suffix.lower() == ".npy" and count >= _MIN_GREY_PAGES
+    is_volume = path.suffix.lower() == ".npy" and count >= MIN_GREY_PAGES
     advice = (
         "; if its last axis counts slices, put that first, in images and masks: "
         "numpy.save(file, numpy.moveaxis(numpy.load(file), -1, 0))"

@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,10 +27,11 @@ from pathlib import Path
 
 import torch
 
-from useg.errors import DataError, SettingsError, UsageError, format_count
+from useg.errors import DataError, UsageError, format_count
 from useg.files import MAX_NAME_BYTES, clear_drafts, natural_key, refuse_same_names
-from useg.images.files import Image, list_pages, read_image_and_missing, read_size
+from useg.images.files import Image, read_image_and_missing, read_size
 from useg.images.formats import ALL_PAGES, IMAGE_SUFFIXES, STACK_SUFFIXES, clear_errors
+from useg.images.stacks import Stack, read_stack
 from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import (
     OutputOptions,
@@ -50,7 +51,6 @@ from useg.inference.predictor import Predictor
 from useg.inference.summaries import write_summaries
 from useg.machine import CountProgress, in_parallel
 from useg.ownership import Recognizer, is_own_label_map, refuse_foreign_files
-from useg.parsing import shorten
 
 # Larger images are computed one at a time, with all cores: those with more pixels at the model's
 # working size, or with more logits at their native size (50 million take 200 MB).
@@ -233,22 +233,6 @@ def is_larger_than_memory(path: Path) -> bool:
     return is_scan(path)
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """Parse ``"2/3"``, the second of three parts of a job, into ``(2, 3)``.
-
-    Raises:
-        SettingsError: The text has another form, or the part is out of range.
-    """
-    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    shard = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= shard[0] <= shard[1]:
-        raise SettingsError(
-            f"{shorten(text)} is not a shard; "
-            f"give I/N with I from 1 to N: 2/3 is the second of three shards"
-        )
-    return shard
-
-
 def predict(
     model: str | os.PathLike[str] | Predictor,
     sources: str | Path | Sequence[str | Path] | FoundImages,
@@ -291,16 +275,14 @@ def predict(
     if not isinstance(sources, FoundImages):
         given = [sources] if isinstance(sources, str | Path) else sources
         sources = find_sources([str(source) for source in given])
+    stacks = {path: find_stack(path) for path in sources.images}
     if isinstance(model, Predictor):
         predictor = model
     else:
-        num_images = sum(
-            len(_list_pages(path)) if path.suffix.lower() in STACK_SUFFIXES else 1
-            for path in sources.images
-        )
+        num_images = sum(len(stack.find_images(1)) if stack else 1 for stack in stacks.values())
         predictor = Predictor.load(Path(model), runtime, num_images, augment)
     began, out = time.perf_counter(), Path(out)
-    images = plan_outputs(sources.images, out, wanted, predictor.num_bands)
+    images = plan_outputs(stacks, out, wanted, predictor.num_bands)
     make_folders(out, wanted)
     fingerprint = predictor_fingerprint(predictor, wanted)
     job = Job(predictor, out, wanted, overwrite, fingerprint, torch.get_num_threads())
@@ -345,21 +327,28 @@ def _label_all(
     return results
 
 
+def find_stack(path: Path) -> Stack | None:
+    """Return which images a file holds; None for a file of one image, which may be damaged."""
+    with suppress(UsageError):
+        if path.suffix.lower() in STACK_SUFFIXES and not is_larger_than_memory(path):
+            return read_stack(path)
+    return None
+
+
 def plan_outputs(
-    paths: Sequence[Path], out: Path, wanted: OutputOptions, num_bands: int = 1
+    stacks: Mapping[Path, Stack | None], out: Path, wanted: OutputOptions, num_bands: int = 1
 ) -> list[LabelledImage]:
-    """List the images of files, for a model of ``num_bands`` bands, with their label maps.
+    """List the images of files (:func:`find_stack`), and their label maps, for a model's bands.
 
     Raises:
         DataError: Two images would have one label map, or the job would replace its own images or
             files that useg did not write.
     """
     images: list[LabelledImage] = []
-    for path in paths:
+    for path, stack in stacks.items():
         target = label_map_path(path, out, wanted)
         whole = LabelledImage(len(images) + 1, path, target, path.name)
-        is_stack = path.suffix.lower() in STACK_SUFFIXES
-        images += _split_stack(whole, num_bands) if is_stack else [whole]
+        images += _list_pages(whole, stack.find_images(num_bands)) if stack else [whole]
     stems: dict[str, Path] = {}
     for image in images:
         if (other := stems.setdefault(image.label.stem, image.image)) != image.image:
@@ -371,28 +360,19 @@ def plan_outputs(
     if out.is_dir():
         _refuse_overwriting_images(images, out)
         folders = out, *map(out.joinpath, OUTPUT_FOLDERS)
-        existing = {folder: _names_in(folder) for folder in folders}
+        existing = {folder: set(os.listdir(folder)) for folder in folders if folder.is_dir()}
         outputs = (output for image in images for output in _list_outputs(image, out, wanted))
         refuse_foreign_files(
             (path, is_own)
             for path, is_own in (*list_summaries(out, wanted), *outputs)
-            if path.name in existing[path.parent]
+            if path.name in existing.get(path.parent, ())
         )
     return images
 
 
-def _list_pages(path: Path, num_bands: int = 1) -> Sequence[int | None]:
-    """Return the pages of a file to label; None for one image, which may be damaged."""
-    try:
-        return [None] if is_larger_than_memory(path) else list_pages(path, num_bands)
-    except UsageError:
-        return [None]
-
-
-def _split_stack(whole: LabelledImage, num_bands: int) -> list[LabelledImage]:
-    """List the pages of a file, or the file if it is one image."""
+def _list_pages(whole: LabelledImage, pages: Sequence[int | None]) -> list[LabelledImage]:
+    """List the pages of a file as images of their own, or the file if it is one image."""
     path, target = whole.image, whole.label
-    pages = _list_pages(path, num_bands)
     if pages[0] in (None, ALL_PAGES):
         return [replace(whole, page=pages[0])]
     images = []
@@ -427,10 +407,6 @@ def _describe_pages(images: Sequence[LabelledImage]) -> list[str]:
             "takes as many"
         )
     return notes
-
-
-def _names_in(folder: Path) -> set[str]:
-    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def _list_outputs(
@@ -507,10 +483,8 @@ class Job:
         path, stem = image.image, image.label.stem
         names = [output.name for output, _ in list_outputs(self.out, stem, self.wanted)]
         if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in names):
-            return Failure(
-                path,
-                f"'{path}': the names of its output files would be too long; shorten its name",
-            )
+            reason = "the names of its output files would be too long; shorten its name"
+            return Failure(path, f"'{path}': {reason}")
         try:
             with clear_errors(str(path)):
                 mark = self._mark(image)

@@ -303,16 +303,23 @@ def write_outputs(
     if wanted.labels == "png":
         write_label(target, label, table, mark)
     else:
-        _write_tiff(
-            target,
-            label,
-            prediction.place,
-            [(NO_DATA_TAG, "s", 0, str(IGNORE), True)] if (label == IGNORE).any() else (),
-            photometric="palette",
-            colormap=palette(table).T.astype(np.uint16) * 257,
-            software=software_text(mark),
-        )
+        _write_label_tiff(target, prediction, table, mark)
     return target
+
+
+def _write_label_tiff(
+    target: Path, prediction: ImagePrediction, table: ClassTable, mark: str
+) -> None:
+    label = prediction.label
+    _write_tiff(
+        target,
+        label,
+        prediction.place,
+        [(NO_DATA_TAG, "s", 0, str(IGNORE), True)] if (label == IGNORE).any() else (),
+        photometric="palette",
+        colormap=palette(table).T.astype(np.uint16) * 257,
+        software=software_text(mark),
+    )
 
 
 def is_done(target: Path, mark: str) -> bool:
