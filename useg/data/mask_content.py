@@ -273,31 +273,45 @@ def looks_like_photograph(mask: MaskContent) -> bool:
 
 
 def are_smeared(masks: Sequence[MaskContent]) -> bool:
-    """Whether smoothing or JPEG made many of the codes.
-
-    Smoothed grey levels lie on slopes between a lower and a higher level. Other codes that are not
-    in the scene occur only as thin edges.
-    """
+    """Whether smoothing, JPEG or noise made many of the codes."""
     totals, interior, ramps, between = sum_counts(masks)
     if len(totals) < 3 or max(totals) < MIN_GREY_LEVEL:
         return False
-    if _is_noise_of_two_levels(totals, interior) or _are_soft_edges(totals, between):
-        return True
-    if any(is_lossy(mask) for mask in masks):
-        return True
+    return (
+        _is_noise_of_two_levels(totals, interior)
+        or _are_soft_edges(totals, between)
+        or any(is_lossy(mask) for mask in masks)
+        or _are_smoothed_levels(totals, interior, ramps)
+        or _are_mostly_thin(masks, totals, interior)
+    )
+
+
+def _are_smoothed_levels(totals: Counter[int], interior: Counter[int], ramps: Counter[int]) -> bool:
+    """Whether many codes lie on slopes between a lower and a higher level.
+
+    The levels that were smoothed still have plain areas.
+    """
     on_ramp = [code for code, count in totals.items() if ramps[code] > 0.5 * count]
-    others = totals.keys() - set(on_ramp)
-    # The levels that were smoothed still have plain areas.
-    if sum(interior[code] for code in others) >= 0.5 * sum(totals[code] for code in others):
-        if len(on_ramp) >= max(2, 0.4 * (len(totals) - 2)):
-            return True
-        if len(totals) == 3 and len(on_ramp) == 1 and max(totals) - min(totals) > 100:
-            count = totals[on_ramp[0]]
-            return ramps[on_ramp[0]] >= 0.9 * count and count < 0.06 * totals.total()
+    levels = totals.keys() - set(on_ramp)
+    if sum(interior[code] for code in levels) < 0.5 * sum(totals[code] for code in levels):
+        return False
+    if len(on_ramp) >= max(2, 0.4 * (len(totals) - 2)):
+        return True
+    is_one_between_two = len(totals) == 3 and len(on_ramp) == 1
+    if not is_one_between_two or max(totals) - min(totals) <= _MIN_TWO_LEVEL_GAP:
+        return False
+    count = totals[on_ramp[0]]
+    return ramps[on_ramp[0]] >= 0.9 * count and count < 0.06 * totals.total()
+
+
+def _are_mostly_thin(
+    masks: Sequence[MaskContent], totals: Counter[int], interior: Counter[int]
+) -> bool:
+    """Whether many codes occur only as thin edges, and are neither ids nor colours of the scene."""
     num_thin = sum(interior[code] < 0.3 * count for code, count in totals.items())
     if len(totals) < 6 or num_thin < max(3, 0.4 * len(totals)):
         return False
-    are_ids = max(totals) < COLOR_FLAG and max(totals) < 3 * len(totals) and max(totals) < 200
+    are_ids = max(totals) < min(200, 3 * len(totals))
     return not are_ids and 2 * len(_find_true_colors(masks)) <= len(totals)
 
 

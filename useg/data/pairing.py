@@ -232,33 +232,35 @@ def _pair_folders(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
     folders: dict[Path, dict[str, Path]] = defaultdict(dict)
     for path in paths:
         folders[path.parent][path.stem] = path
-    places = list(folders)
-    if [place.parent for place in places] != [root, root] or 2 * len(folders[places[0]]) != len(
-        paths
-    ):
+    if [folder.parent for folder in folders] != [root, root]:
         return None
-    names = folders[places[0]].keys()
-    if names != folders[places[1]].keys() or any("." in name for name in names):
+    files, other_files = folders.values()
+    is_complete = len(files) + len(other_files) == len(paths)
+    if not is_complete or files.keys() != other_files.keys() or any("." in name for name in files):
         return None
-    words_of = [frozenset(split_name(name.casefold())) for name in names]
-    constant = frozenset.intersection(*words_of)
-    found = [{word.casefold() for word in split_folder(place.name)} - constant for place in places]
-    kinds = [role_of_words(found[0] - found[1]), role_of_words(found[1] - found[0])]
-    varying = frozenset.union(*words_of) - constant
-    roles = IMAGE_WORDS | MASK_WORDS | OTHER_WORDS
-    if (
-        {*kinds} != {"image", "mask"}
-        or varying & roles
-        or SPLIT_FOLDERS.keys() & {*constant, *varying, *found[0], *found[1]}
-    ):
+    roles = _roles_of_folders([folder.name for folder in folders], files)
+    if {*roles} != {"image", "mask"}:
         return None
-    images, masks = (folders[places[kinds.index(kind)]] for kind in ("image", "mask"))
+    images, masks = (files, other_files) if roles[0] == "image" else (other_files, files)
     note = describe_constant_shape(masks.values())
+    first = next(iter(images))
     return DetectedLayout(
-        _name_layout(*next((image, (masks[name],)) for name, image in images.items())),
+        _name_layout(images[first], (masks[first],)),
         tuple(Pair(image, masks[name]) for name, image in images.items()),
         notes=(note,) if note else (),
     )
+
+
+def _roles_of_folders(folders: Sequence[str], files: Iterable[str]) -> list[str]:
+    """Return the roles of two folders by words of theirs; none if files have such words too."""
+    words_of_files = [frozenset(split_name(name.casefold())) for name in files]
+    constant = frozenset.intersection(*words_of_files)
+    varying = frozenset.union(*words_of_files) - constant
+    one, other = ({*map(str.casefold, split_folder(folder))} - constant for folder in folders)
+    role_words = IMAGE_WORDS | MASK_WORDS | OTHER_WORDS
+    if varying & role_words or SPLIT_FOLDERS.keys() & {*constant, *varying, *one, *other}:
+        return []
+    return [role_of_words(one - other), role_of_words(other - one)]
 
 
 def _leave_out_variants(paths: Sequence[Path]) -> list[Path]:

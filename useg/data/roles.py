@@ -128,36 +128,71 @@ def _learn_links(files: NamedFiles) -> list[Link]:
     return sorted(links, key=lambda link: -len(link.partners))
 
 
+@dataclass(frozen=True)
+class _OrientedLink:
+    """A link from images to masks.
+
+    Args:
+        link: The link.
+        is_confirmed: Whether words or pixels confirm the roles of both sides.
+        is_other: Whether words say that a side is something else, such as depth.
+        num_unnamed: How many sides have no word that says their role.
+    """
+
+    link: Link
+    is_confirmed: bool
+    is_other: bool
+    num_unnamed: int
+
+    @property
+    def rank(self) -> tuple[int, bool, int]:
+        """The sort key: links of many files first."""
+        return -len(self.link.partners), self.is_other, self.num_unnamed
+
+
 def links_to_masks(files: NamedFiles) -> list[Link]:
     """Return the links from images to masks, those of most files first; others are left out.
 
     Words decide what is an image. Where only one side has one, or none, the pixels must not
     contradict; a link that they do not confirm counts if there is no better one.
     """
-    strong: list[tuple[bool, int, Link]] = []
-    weak: list[tuple[bool, int, Link]] = []
     least = 1 if len(files.paths) <= _MAX_FILES_OF_ONE_PAIR else 2
-    for link in (link for link in _learn_links(files) if len(link.partners) >= least):
-        sides = list(link.partners), list(link.partners.values())
-        words = [files.kind_by_words(*sides), files.kind_by_words(*reversed(sides))]
-        if words == ["", ""] and all(
-            role_of_words(files.constants(side)) == "mask" for side in sides
-        ):
-            # Both are called masks, whatever they look like: neither are the images.
-            continue
-        kinds = [files.kind_by_pixels(side) for side in sides] if "" in words else words
-        is_other = any(files.constants(side) & OTHER_WORDS for side in sides)
-        given = {"image": ["image", "mask"], "mask": ["mask", "image"]}
-        named = given.get(words[0]) or given.get(words[1], ["", ""])[::-1]
-        believed = words if "" not in words else kinds
-        if set(believed) == {"image", "mask"} and named in (believed, ["", ""]):
-            oriented = link if believed[0] == "image" else link.reverse
-            strong.append((is_other, words.count(""), oriented))
-        elif "" in words and named != ["", ""] and kinds != ["image", "image"]:
-            # The pixels of images may be as plain as those of masks.
-            weak.append((is_other, 1, link if named[0] == "image" else link.reverse))
-    ranked = sorted(strong or weak, key=lambda item: (-len(item[2].partners), *item[:2]))
-    return _leave_out_predictions([link for *_, link in ranked], files)
+    links = [link for link in _learn_links(files) if len(link.partners) >= least]
+    found = [oriented for link in links if (oriented := _orient(link, files))]
+    confirmed = [each for each in found if each.is_confirmed]
+    ranked = sorted(confirmed or found, key=lambda each: each.rank)
+    return _leave_out_predictions([each.link for each in ranked], files)
+
+
+def _orient(link: Link, files: NamedFiles) -> _OrientedLink | None:
+    """Return a link from images to masks, or None if its files are not images and their masks."""
+    sides = list(link.partners), list(link.partners.values())
+    words = [files.kind_by_words(*sides), files.kind_by_words(*reversed(sides))]
+    if not any(words) and all(role_of_words(files.constants(side)) == "mask" for side in sides):
+        # Both are called masks, whatever they look like: neither are the images.
+        return None
+    named = _complete_roles(words)
+    roles = words if all(words) else [files.kind_by_pixels(side) for side in sides]
+    is_confirmed = set(roles) == {"image", "mask"} and named in (roles, [])
+    if not is_confirmed:
+        # The pixels of images may be as plain as those of masks.
+        if all(words) or not named or roles == ["image", "image"]:
+            return None
+        roles = named
+    oriented = link if roles[0] == "image" else link.reverse
+    is_other = any(files.constants(side) & OTHER_WORDS for side in sides)
+    return _OrientedLink(oriented, is_confirmed, is_other, words.count(""))
+
+
+def _complete_roles(words: Sequence[str]) -> list[str]:
+    """Return the roles of two sides: if one is the images, the other is the masks.
+
+    The first of the sides that has a word decides; the list is empty if none has.
+    """
+    opposite = {"image": "mask", "mask": "image"}
+    if words[0]:
+        return [words[0], opposite[words[0]]]
+    return [opposite[words[1]], words[1]] if words[1] else []
 
 
 def _leave_out_predictions(links: Sequence[Link], files: NamedFiles) -> list[Link]:

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -28,10 +28,11 @@ import uvicorn
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from useg.classes import hex_color
+from useg.classes import Label, hex_color
 from useg.errors import MachineError, UsageError
 from useg.files import clear_drafts, locked_folder, make_folder
 from useg.inference.predictor import Predictor
@@ -203,7 +204,8 @@ def label_application(session: LabelSession, token: str, port: int) -> RequestMi
     # All bodies together may be 8 times as large: two strokes over the largest image fit.
     bodies = UploadReader(Limits(upload_bytes=max(STROKE_BYTES, largest // 3)))
     _add_page(app, cookie, token)
-    _add_images(app, session, bodies)
+    _add_image_views(app, session)
+    _add_image_edits(app, session, bodies)
     _add_session(app, session, bodies)
     _add_exports(app, session)
     for kind, handler in (
@@ -243,34 +245,41 @@ def _add_page(app: FastAPI, cookie: str, token: str) -> None:
         add("/" if path.name == "index.html" else f"/{path.name}", path)
 
 
-def _add_images(app: FastAPI, session: LabelSession, bodies: UploadReader) -> None:
+def _add_image_views(app: FastAPI, session: LabelSession) -> None:
+    """Add the addresses that show an image, its mask and its suggestion."""
     folder = session.folder
-
-    def check(k: int) -> int:
-        if not 0 <= k < len(folder.images):
-            raise HTTPException(
-                404, f"image {k} does not exist; there are {len(folder.images)} images, from 0"
-            )
-        return k
 
     @app.get("/images/{k}")
     def image(k: int) -> Response:
-        content, media_type = session.image_for_browser(check(k))
+        content, media_type = session.image_for_browser(_check_image(folder, k))
         return Response(content, media_type=media_type)
 
     @app.get("/images/{k}/thumbnail")
     def thumbnail(k: int) -> Response:
+        content = session.thumbnail(_check_image(folder, k))
         headers = {"cache-control": "private, max-age=3600"}
-        return Response(session.thumbnail(check(k)), media_type="image/jpeg", headers=headers)
+        return Response(content, media_type="image/jpeg", headers=headers)
 
     @app.get("/images/{k}/mask")
     def mask(k: int) -> Response:
-        label, revision = folder.read(check(k))
-        return Response(
-            label.tobytes(),
-            media_type="application/octet-stream",
-            headers={"x-revision": revision},
+        label, revision = folder.read(_check_image(folder, k))
+        return _pixels_response([label], {"x-revision": revision})
+
+    @app.get("/images/{k}/suggestion")
+    def suggestion(k: int) -> Response:
+        found = session.rounds.suggest(_check_image(folder, k))
+        if found is None:
+            return Response(status_code=204)
+        height, width = found.ids.shape
+        return _pixels_response(
+            [found.ids, found.confidence, found.unsure],
+            {"x-width": width, "x-height": height, "x-round": found.round},
         )
+
+
+def _add_image_edits(app: FastAPI, session: LabelSession, bodies: UploadReader) -> None:
+    """Add the addresses that change a mask, and the one that finds a region to paint."""
+    folder = session.folder
 
     @app.patch("/images/{k}/mask")
     async def paint(
@@ -283,54 +292,60 @@ def _add_images(app: FastAPI, session: LabelSession, bodies: UploadReader) -> No
         revision: Annotated[str, Query(max_length=80)],
     ) -> dict[str, Any]:
         session.check_editor(request.headers.get("x-session", ""))
-        size = folder.images[check(k)].size
+        size = folder.images[_check_image(folder, k)].size
         if x + width > size[0] or y + height > size[1]:
             raise HTTPException(
                 400,
                 f"the rectangle {width}x{height} at ({x}, {y}) exceeds the image, which is "
                 f"{size[0]}x{size[1]} pixels",
             )
-        content = await bodies.read(request, width * height)
-        if len(content) != width * height:
-            raise HTTPException(
-                400,
-                f"the body has {len(content)} bytes, but {width}x{height} pixels need "
-                f"{width * height}",
-            )
-        part = np.frombuffer(content, np.uint8).reshape(height, width)
+        part = await _read_rectangle(bodies, request, width, height)
         new = await run_in_threadpool(session.paint, k, (x, y), part, revision)
         return {"revision": new, "state": folder.images[k].state}
 
     @app.post("/images/{k}/done")
     def done(request: Request, k: int, done: bool) -> dict[str, Any]:
         session.check_editor(request.headers.get("x-session", ""))
-        session.set_done(check(k), done)
+        session.set_done(_check_image(folder, k), done)
         return {"state": folder.images[k].state}
-
-    @app.get("/images/{k}/suggestion")
-    def suggestion(k: int) -> Response:
-        found = session.rounds.suggest(check(k))
-        if found is None:
-            return Response(status_code=204)
-        height, width = found.ids.shape
-        planes = (found.ids, found.confidence, found.unsure)
-        return Response(
-            b"".join(plane.tobytes() for plane in planes),
-            media_type="application/octet-stream",
-            headers={"x-width": str(width), "x-height": str(height), "x-round": str(found.round)},
-        )
 
     @app.post("/images/{k}/region")
     async def region(request: Request, k: int) -> Response:
         content = _json_object(await bodies.read(request, MAX_SMALL_BYTES))
-        corner, mask = await run_in_threadpool(session.find_region, check(k), content)
+        k = _check_image(folder, k)
+        (x, y), mask = await run_in_threadpool(session.find_region, k, content)
         height, width = mask.shape
-        box = {"x-x": corner[0], "x-y": corner[1], "x-width": width, "x-height": height}
-        return Response(
-            mask.astype(np.uint8).tobytes(),
-            media_type="application/octet-stream",
-            headers={name: str(value) for name, value in box.items()},
+        box = {"x-x": x, "x-y": y, "x-width": width, "x-height": height}
+        return _pixels_response([mask.astype(np.uint8)], box)
+
+
+def _check_image(folder: LabelFolder, k: int) -> int:
+    """Return the number of an image, if there is one of this number."""
+    if not 0 <= k < len(folder.images):
+        raise HTTPException(
+            404, f"image {k} does not exist; there are {len(folder.images)} images, from 0"
         )
+    return k
+
+
+async def _read_rectangle(bodies: UploadReader, request: Request, width: int, height: int) -> Label:
+    """Read the painted ids of a rectangle, one byte for each pixel: ``(height, width)``."""
+    content = await bodies.read(request, width * height)
+    if len(content) != width * height:
+        raise HTTPException(
+            400,
+            f"the body has {len(content)} bytes, but {width}x{height} pixels need {width * height}",
+        )
+    return np.frombuffer(content, np.uint8).reshape(height, width)
+
+
+def _pixels_response(planes: Sequence[NDArray[Any]], headers: Mapping[str, object]) -> Response:
+    """Return the bytes of arrays one after the other, with what describes them as headers."""
+    return Response(
+        b"".join(plane.tobytes() for plane in planes),
+        media_type="application/octet-stream",
+        headers={name: str(value) for name, value in headers.items()},
+    )
 
 
 def _add_session(app: FastAPI, session: LabelSession, bodies: UploadReader) -> None:
