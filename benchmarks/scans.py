@@ -38,8 +38,8 @@ from record import record
 from useg.classes import CARLA, ClassTable
 from useg.images.large_tiff import open_raster
 from useg.inference import runtimes
+from useg.inference.large_images import predict_large_image
 from useg.inference.predictor import Predictor
-from useg.inference.scans import predict_scan
 from useg.machine import describe_machine
 from useg.models.segmenter import Segmenter, describe_model
 from useg.objects.table import map_path, read_object_rows, table_path
@@ -136,7 +136,7 @@ def measure_objects(path: Path) -> dict[str, Any]:
     """Find the objects of one image; run this in a process of its own."""
     map_path(path.parent, path.stem).parent.mkdir()
     before, began, worked = peak_mb(), time.perf_counter(), time.process_time()
-    predict_scan(depth_reader(), path, path.with_name("labels.tif"), objects_out=path.parent)
+    predict_large_image(depth_reader(), path, path.with_name("labels.tif"), objects_out=path.parent)
     seconds, processor = time.perf_counter() - began, time.process_time() - worked
     count = sum(1 for _ in read_object_rows(table_path(path.parent, path.stem)))
     return {
@@ -157,9 +157,9 @@ def measure(path: Path, runtime: str) -> dict[str, Any]:
     predictor, target = model(runtime), path.with_name("labels.tif")
     small = path.with_name("small.tif")
     write_picture(small, TILE)
-    predict_scan(predictor, small, target)
+    predict_large_image(predictor, small, target)
     before, began, worked = peak_mb(), time.perf_counter(), time.process_time()
-    predict_scan(predictor, path, target)
+    predict_large_image(predictor, path, target)
     seconds, processor, peak = time.perf_counter() - began, time.process_time() - worked, peak_mb()
     with open_raster(path, 3) as picture, open_raster(target, 3) as labels:
         edge = (picture.shape[0] - CROP) // 2 // 64 * 64

@@ -7,7 +7,7 @@ MODEL is a run folder, PICTURES a folder of images that suit it; both fp32 and b
 ``equal`` is the share of labels on which windows and one pass agree, ``difference`` the largest
 between their logits, whose standard deviation is stored too. For the model of ``--deep``, blocks of
 128 pixels are compared with growing margins: the worst case, because all of their pixels are near
-an edge. The margin that predict_scan would choose is stored beside them.
+an edge. The margin that predict_large_image would choose is stored beside them.
 """
 
 from __future__ import annotations

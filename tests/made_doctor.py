@@ -14,7 +14,7 @@ import tifffile
 
 from useg.classes import ClassTable, palette, write_classes
 from useg.data.layouts import find_dataset
-from useg.data.schemes import voc_colors
+from useg.data.published_classes import voc_colors
 from useg.data.splits import assign_splits
 from useg.doctor.fix import write_clean_copy
 from useg.doctor.measure import Finding

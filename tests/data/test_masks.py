@@ -13,7 +13,7 @@ from useg.data import masks
 from useg.data.dataset import Dataset, read_label
 from useg.data.layouts import find_dataset
 from useg.data.mask_content import MaskContent, color_code, count_codes
-from useg.data.schemes import CAMVID_COLORS, CITYSCAPES_TRAIN_IDS, OXFORD_PETS
+from useg.data.published_classes import CAMVID_COLORS, CITYSCAPES_TRAIN_IDS, OXFORD_PETS
 from useg.errors import DataError
 from useg.images.files import read_mask, write_label
 

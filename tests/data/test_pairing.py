@@ -16,15 +16,15 @@ from made_data import (
 )
 
 from useg.classes import CITYSCAPES, IGNORE
-from useg.data import names, pairing, roles
+from useg.data import file_names, pairing, roles
 from useg.data.dataset import (
     pair_name,
     read_label,
 )
+from useg.data.file_names import name_files, strip_role_words
 from useg.data.layouts import find_dataset
-from useg.data.names import name_files, strip_role_words
 from useg.data.pairing import match_lists
-from useg.data.schemes import TABLES_BY_NAME
+from useg.data.published_classes import TABLES_BY_NAME
 from useg.errors import DataError
 
 pytestmark = pytest.mark.wheel
@@ -351,7 +351,7 @@ def test_one_mask_per_folder_is_an_ordinary_mask(tmp_path):
 def test_twice_as_many_folders_take_twice_the_steps_to_find_object_masks(monkeypatch):
     def count_steps(num_folders):
         steps = []
-        split = names.split_name
+        split = file_names.split_name
         monkeypatch.setattr(pairing, "split_name", lambda name: steps.append(name) or split(name))
         paths = [Path(f"masks_{k}/{k}.png") for k in range(num_folders)]
         assert pairing.find_object_masks(Path(), paths) is None
@@ -368,22 +368,23 @@ def test_twice_as_many_folders_take_twice_the_steps_to_find_object_masks(monkeyp
 
 def test_a_rule_that_fits_a_name_in_very_many_ways_is_not_tried(monkeypatch):
     swap = (None, ("a", "b"))
-    assert names.Rule((*swap, *swap, None)).apply("xaxax") == ["xbxbx"]
+    assert file_names.Rule((*swap, *swap, None)).apply("xaxax") == ["xbxbx"]
     # Each way would be tried: those of six texts take years.
-    rule = names.Rule((*swap * 6, None))
+    rule = file_names.Rule((*swap * 6, None))
     assert rule.apply("a" * 240) == []
     # The control: it would fit.
-    monkeypatch.setattr(names, "_MAX_FITS", 10**30)
-    assert names.Rule((*swap * 2, None)).apply("a" * 9)
+    monkeypatch.setattr(file_names, "_MAX_FITS", 10**30)
+    assert file_names.Rule((*swap * 2, None)).apply("a" * 9)
 
 
 def test_a_rule_of_which_a_text_is_missing_in_a_name_is_not_tried(monkeypatch):
     swap = (None, ("a", "b"))
     # All places of the other texts would be tried before the last is missed.
-    rule = names.Rule((*swap * 6, None, ("c", "d"), None))
-    monkeypatch.setattr(names.Rule, "_patterns", property(lambda _: pytest.fail("it was tried")))
-    monkeypatch.setattr(names, "_follow", lambda *_: pytest.fail("it was tried"))
+    rule = file_names.Rule((*swap * 6, None, ("c", "d"), None))
+    tried = property(lambda _: pytest.fail("it was tried"))
+    monkeypatch.setattr(file_names.Rule, "_patterns", tried)
+    monkeypatch.setattr(file_names, "_follow", lambda *_: pytest.fail("it was tried"))
     assert rule.apply("a" * 240) == []
     # The control: it is tried where no text is missing.
     with pytest.raises(pytest.fail.Exception, match="it was tried"):
-        names.Rule((*swap, None, ("c", "d"), None)).apply("xaxcx")
+        file_names.Rule((*swap, None, ("c", "d"), None)).apply("xaxcx")

@@ -6,8 +6,8 @@ import pytest
 from made_data import write_folders, write_image
 from made_strangers import save, yard
 
+from useg.data.file_names import role_of_words
 from useg.data.layouts import find_dataset
-from useg.data.names import role_of_words
 from useg.data.roles import NamedFiles, choose_pairs, links_to_masks
 from useg.errors import DataError
 from useg.images.files import list_image_files

@@ -24,7 +24,7 @@ from made_doctor import (
 
 from useg.classes import CAMVID, palette
 from useg.data.layouts import find_dataset
-from useg.data.schemes import grey_levels, match_grey_palette, voc_colors
+from useg.data.published_classes import grey_levels, match_grey_palette, voc_colors
 from useg.doctor.stored_values import fill_unsure_pixels
 from useg.errors import UsageError
 

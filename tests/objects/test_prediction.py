@@ -253,10 +253,10 @@ def test_small_regions_that_are_merged_are_no_objects(tmp_path: Path) -> None:
     np.testing.assert_array_equal(numbers > 0, label > 0)
 
 
-def test_specks_are_no_objects_in_memory_in_files_and_in_scans(
+def test_specks_are_no_objects_in_memory_in_files_and_in_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from useg.inference import scans
+    from useg.inference import large_images
 
     model, image = object_model(), textured_image(96, 130)
     every = make_predictor(model).objects(image).table.areas
@@ -272,7 +272,7 @@ def test_specks_are_no_objects_in_memory_in_files_and_in_scans(
     tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), photometric="rgb")
     wanted = OutputOptions(objects=True)
     for largest, out in ((10**9, tmp_path / "memory"), (1000, tmp_path / "scan")):
-        monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", largest)
+        monkeypatch.setattr(large_images, "MAX_IN_MEMORY_PIXELS", largest)
         predict(predictor, [str(tmp_path / "a.tif")], out, wanted=wanted)
         written = tifffile.imread(out / "objects" / "a.tif")
         np.testing.assert_array_equal(written, found.numbers)
@@ -363,17 +363,17 @@ def test_models_of_whole_scenes_keep_their_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [1.4, 0.5])
-def test_objects_at_another_scale_are_the_same_in_tiles_and_in_scans(
+def test_objects_at_another_scale_are_the_same_in_tiles_and_in_blocks(
     factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from useg.inference import scans
+    from useg.inference import large_images
 
     predictor, image = scaled_predictor(factor, tmp_path, 6), textured_image(96, 130)
     found = predictor.objects(image)
     assert found.table.areas.min() >= 6 * max(1, 1 / factor)
     assert not np.array_equal(found.numbers, make_predictor(object_model()).objects(image).numbers)
     np.testing.assert_array_equal(predictor.objects(image, 48).numbers, found.numbers)
-    monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 1000)
+    monkeypatch.setattr(large_images, "MAX_IN_MEMORY_PIXELS", 1000)
     tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), photometric="rgb")
     predict(
         predictor, [str(tmp_path / "a.tif")], tmp_path / "out", wanted=OutputOptions(objects=True)
@@ -415,11 +415,11 @@ def test_batches_of_random_noise_have_as_many_rows_as_objects() -> None:
 def test_images_larger_than_memory_have_the_objects_of_one_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from useg.inference import scan_objects, scans
+    from useg.inference import large_image_objects, large_images
 
-    monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 10_000)
-    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 1 << 22)
-    monkeypatch.setattr(scan_objects, "WORKING_TILE_SIDE", 96)
+    monkeypatch.setattr(large_images, "MAX_IN_MEMORY_PIXELS", 10_000)
+    monkeypatch.setattr(large_images, "MAX_ACTIVATION_BYTES", 1 << 22)
+    monkeypatch.setattr(large_image_objects, "WORKING_TILE_SIDE", 96)
     image = textured_image(300, 560)
     tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), photometric="rgb")
     predictor, wanted = make_predictor(object_model()), OutputOptions(objects=True)

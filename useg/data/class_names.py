@@ -19,8 +19,8 @@ from xml.etree.ElementTree import Element
 from useg.classes import ClassTable, Color, pack_color, spread_colors
 from useg.data.annotations.formats import read_xml
 from useg.data.dataset import pick_evenly
+from useg.data.file_names import plain_stem
 from useg.data.mask_content import channels_of
-from useg.data.names import plain_stem
 from useg.errors import UsageError
 from useg.files import list_files
 from useg.images.files import list_image_files

@@ -35,16 +35,16 @@ from typing import Any
 from useg.classes import ClassTable
 from useg.data.annotations.pairing import pair_annotated, pair_yolo
 from useg.data.dataset import ClassMasks, DetectedLayout, Pair
-from useg.data.names import MASK_WORDS, common_glob
-from useg.data.official_splits import find_official_splits, leave_for_prediction
-from useg.data.pairing import match_lists
-from useg.data.truth import (
+from useg.data.file_names import MASK_WORDS, common_glob
+from useg.data.ground_truth import (
     OTHER_WORDS,
     Candidate,
     OpenChoiceError,
     are_class_masks,
     name_differences,
 )
+from useg.data.official_splits import find_official_splits, leave_for_prediction
+from useg.data.pairing import match_lists
 from useg.errors import DataError, suggest
 from useg.files import natural_key
 from useg.images.files import list_image_files

@@ -39,16 +39,16 @@ from useg.data.dataset_toml import (
     quote_toml,
     read_dataset_toml,
 )
+from useg.data.file_names import are_described, name_files
+from useg.data.ground_truth import OpenChoiceError
 from useg.data.mask_encoding import find_encoding
 from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
-from useg.data.names import are_described, name_files
 from useg.data.official_splits import LIST_SUFFIXES, read_split_lists
 from useg.data.pair_lists import find_table_pairs
 from useg.data.pairing import find_pairs, match_lists
-from useg.data.schemes import PUBLISHED_TABLES, distinguish_carla, recognize_published
+from useg.data.published_classes import PUBLISHED_TABLES, distinguish_carla, recognize_published
 from useg.data.scribbles import describe_scribbles
 from useg.data.split_files import read_split_csv
-from useg.data.truth import OpenChoiceError
 from useg.data.unrecognized import describe_unrecognized
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.files import cached_walks, list_files, walk_folders

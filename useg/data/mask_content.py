@@ -28,7 +28,7 @@ from useg.data.dataset import (
     read_stored_mask,
     to_codes,
 )
-from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
+from useg.data.published_classes import KNOWN_PALETTES, grey_levels, match_grey_palette
 from useg.images.files import read_palette
 
 # Ids are smaller than this; larger values are grey levels.

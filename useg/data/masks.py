@@ -26,6 +26,7 @@ from useg.data.class_names import (
     name_classes,
 )
 from useg.data.dataset import COLOR_FLAG, MaskEncoding, Pair
+from useg.data.file_names import split_name
 from useg.data.mask_content import (
     MAX_UNDOUBTED_VALUES,
     MIN_GREY_LEVEL,
@@ -43,8 +44,7 @@ from useg.data.mask_content import (
     read_content,
     sum_counts,
 )
-from useg.data.names import split_name
-from useg.data.schemes import (
+from useg.data.published_classes import (
     VOC_BORDER,
     describe_ids,
     find_displayed_levels,

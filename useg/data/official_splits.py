@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS, Pair
-from useg.data.names import (
+from useg.data.file_names import (
     IMAGE_WORDS,
     MASK_WORDS,
     SHORT_SPLITS,

@@ -1,7 +1,7 @@
 """A folder of image files -> pairs of images and masks, in natural order (1, 2, 10).
 
-The names say which files belong together (:mod:`useg.data.names`), wherever they lie, and which of
-them are the masks (:mod:`useg.data.roles`).
+The names say which files belong together (:mod:`useg.data.file_names`), wherever they lie, and
+which of them are the masks (:mod:`useg.data.roles`).
 
 Several masks of one image are its objects, unless they are opinions or one mask per class. They lie
 in a folder for each image (``ID/masks/*.png``), or are numbered beside each other (``a_mask.png``,
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from useg.classes import ClassTable
 from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Instances, Pair, pick_evenly
-from useg.data.names import (
+from useg.data.file_names import (
     IMAGE_WORDS,
     MASK_WORDS,
     join_comparable,
@@ -33,25 +33,25 @@ from useg.data.names import (
     split_name,
     strip_role_words,
 )
+from useg.data.ground_truth import (
+    OTHER_WORDS,
+    describe_constant_shape,
+    is_photograph,
+    is_two_valued,
+    read_points,
+)
 from useg.data.official_splits import (
     find_official_splits,
     leave_for_prediction,
     split_by_stems,
 )
+from useg.data.published_classes import TABLES_BY_NAME
 from useg.data.roles import (
     ChosenPairs,
     NamedFiles,
     choose_pairs,
     generalize_folder,
     links_to_masks,
-)
-from useg.data.schemes import TABLES_BY_NAME
-from useg.data.truth import (
-    OTHER_WORDS,
-    describe_constant_shape,
-    is_photograph,
-    is_two_valued,
-    read_points,
 )
 from useg.errors import DataError, format_count
 from useg.files import natural_key
@@ -80,7 +80,7 @@ class MatchedFiles:
 def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> MatchedFiles:
     """Pair the images of one list with the masks of another by what is constant in their names.
 
-    Equal names come first. A rule (:class:`useg.data.names.Rule`) pairs what they leave.
+    Equal names come first. A rule (:class:`useg.data.file_names.Rule`) pairs what they leave.
 
     Raises:
         DataError: Two images have the same mask.

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS, pick_evenly
-from useg.data.names import (
+from useg.data.file_names import (
     IMAGE_WORDS,
     Link,
     common_glob,
@@ -27,7 +27,7 @@ from useg.data.names import (
     split_name,
     split_path,
 )
-from useg.data.truth import (
+from useg.data.ground_truth import (
     OTHER_WORDS,
     PREDICTION_WORDS,
     Candidate,

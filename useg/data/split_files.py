@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from useg.data.dataset import SPLIT_FOLDERS, SPLITS, Dataset, Pair, pair_name, pick_evenly
-from useg.data.names import split_folder
+from useg.data.file_names import split_folder
 from useg.errors import DataError
 from useg.files import replacing
 from useg.images.formats import ALL_PAGES

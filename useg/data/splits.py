@@ -28,8 +28,8 @@ from useg.data.duplicates import (
     group_near_duplicates,
     is_quick_to_compare,
 )
+from useg.data.file_names import strip_role_words
 from useg.data.layouts import find_dataset
-from useg.data.names import strip_role_words
 from useg.errors import DataError, SettingsError, choose
 from useg.files import natural_key
 from useg.images.formats import ALL_PAGES

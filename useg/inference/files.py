@@ -228,9 +228,9 @@ def is_larger_than_memory(path: Path) -> bool:
     """Whether an image is labelled in blocks: an OME-Zarr or a very large TIFF."""
     if path.suffix.lower() in _IN_MEMORY_SUFFIXES:
         return False
-    from useg.inference.scans import is_scan
+    from useg.inference.large_images import is_large_image
 
-    return is_scan(path)
+    return is_large_image(path)
 
 
 def predict(
@@ -416,7 +416,7 @@ def _list_outputs(
     target = image.label
     if target == label_path(out, target.stem, wanted):
         return list_outputs(out, target.stem, wanted)
-    from useg.inference.scans import is_own_zarr
+    from useg.inference.large_images import is_own_zarr
 
     return [(target, is_own_zarr if target.suffix == ".zarr" else is_own_label_map)]
 
@@ -554,11 +554,11 @@ def _label_in_blocks(job: Job, path: Path, target: Path, mark: str) -> bool | Fa
             f"'{path}' is labelled in blocks, which writes only a label map and objects; "
             f"omit the other outputs",
         )
-    from useg.inference.scans import predict_scan
+    from useg.inference.large_images import predict_large_image
 
     with job.all_cores, _torch_threads(job.threads):
         objects_out = job.out if job.wanted.objects else None
-        predict_scan(job.predictor, path, target, mark=mark, objects_out=objects_out)
+        predict_large_image(job.predictor, path, target, mark=mark, objects_out=objects_out)
     return False
 
 
@@ -568,9 +568,9 @@ def label_map_path(path: Path, out: Path, wanted: OutputOptions) -> Path:
     An image larger than memory gets a TIFF, and an OME-Zarr an OME-Zarr, regardless of ``wanted``.
     """
     if is_larger_than_memory(path):
-        from useg.inference.scans import scan_path
+        from useg.inference.large_images import large_label_path
 
-        return scan_path(out, path)
+        return large_label_path(out, path)
     return label_path(out, path.stem, wanted)
 
 

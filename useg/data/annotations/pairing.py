@@ -161,7 +161,9 @@ def find_annotated(root: Path) -> DetectedLayout | None:
 
 
 def find_described(root: Path, masks: Sequence[Path]) -> DetectedLayout | None:
-    """Return what annotation files say of masks (:func:`useg.data.names.are_described`), or None.
+    """Return what annotation files say of masks, or None.
+
+    See :func:`useg.data.file_names.are_described`.
 
     Raises:
         DataError: Masks of Label Studio lie there without the project's JSON.

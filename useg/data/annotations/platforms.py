@@ -50,7 +50,7 @@ from useg.data.annotations.shapes import (
     pack_rings,
     rotate_outline,
 )
-from useg.data.names import BRUSH_MASK_NAME
+from useg.data.file_names import BRUSH_MASK_NAME
 from useg.errors import DataError, format_count
 from useg.images.formats import IMAGE_SUFFIXES
 

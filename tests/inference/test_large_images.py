@@ -22,9 +22,9 @@ from useg.images import large_tiff
 from useg.images.files import read_image, read_mask, read_palette
 from useg.images.large_tiff import halved, open_raster
 from useg.images.stacks import read_stack
-from useg.inference import scans
+from useg.inference import large_images
+from useg.inference.large_images import is_large_image, predict_large_image
 from useg.inference.predictor import Predictor
-from useg.inference.scans import is_scan, predict_scan
 from useg.models.geometry import WorkingSize
 
 RNG = np.random.default_rng(0)
@@ -136,8 +136,8 @@ def predictor(request):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(large_tiff, "TILE_SIDE", 64)
-    monkeypatch.setattr(scans, "TILE_SIDE", 64)
-    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 4_000_000)
+    monkeypatch.setattr(large_images, "TILE_SIDE", 64)
+    monkeypatch.setattr(large_images, "MAX_ACTIVATION_BYTES", 4_000_000)
 
 
 def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
@@ -145,7 +145,7 @@ def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
     tifffile.imwrite(
         tmp_path / "a.tif", image, tile=(64, 64), compression="deflate", photometric="rgb"
     )
-    predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
+    predict_large_image(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
     label, logits = read_mask(tmp_path / "labels.tif"), np.sort(predictor.logits(image), 0)
     sure = logits[-1] - logits[-2] > 1e-4
     assert sure.mean() > 0.7  # a random network often answers nothing at all
@@ -159,7 +159,7 @@ def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
 
 def test_there_are_several_blocks_and_windows_of_one_size():
     predictor = make_predictor(make_model())
-    blocks, windows = scans.plan_blocks(
+    blocks, windows = large_images.plan_blocks(
         np.zeros((301, 407, 3)),
         (301, 407),
         predictor.runtime.description.geometry,
@@ -175,7 +175,7 @@ def test_there_are_several_blocks_and_windows_of_one_size():
 def test_overviews_are_read_by_other_programs(tmp_path):
     predictor = make_predictor(make_model())
     tifffile.imwrite(tmp_path / "a.tif", textured_image(301, 407), tile=(64, 64), photometric="rgb")
-    predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
+    predict_large_image(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
     label = read_mask(tmp_path / "labels.tif")
     with tifffile.TiffFile(tmp_path / "labels.tif") as file:
         assert file.is_bigtiff
@@ -231,7 +231,7 @@ def test_the_label_map_lies_over_the_image(tmp_path):
             path, "w", **options, nodata=0, compress="deflate", photometric="rgb", **place
         ) as file:
             file.write(image.transpose(2, 0, 1))
-        predict_scan(predictor, path, target)
+        predict_large_image(predictor, path, target)
         with rasterio.open(path) as before, rasterio.open(target) as after:
             assert after.crs == before.crs
             assert after.transform == before.transform
@@ -278,26 +278,28 @@ def test_holes_in_float_pictures_have_no_class_and_the_mean_of_the_training_pict
     holes = image.copy()
     image[20:40, 30:60], holes[20:40, 30:60], holes[25, 31] = 100, np.nan, np.inf
     tifffile.imwrite(tmp_path / "a.tif", holes[..., 0], tile=(32, 32))
-    predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
+    predict_large_image(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
     expected = np.where(np.isnan(holes[..., 0]), 255, predictor(image))
     assert (read_mask(tmp_path / "labels.tif") == expected).mean() > 0.999
 
 
-def test_a_failed_scan_leaves_no_file(tmp_path):
+def test_a_failed_prediction_leaves_no_file(tmp_path):
     predictor = make_predictor(make_model())
     good = tmp_path / "a.tif"
     tifffile.imwrite(
         good, textured_image(200, 300), tile=(64, 64), compression="deflate", photometric="rgb"
     )
     with pytest.raises(UsageError, match=r"the target is 'labels\.png'; end the name in \.tif"):
-        predict_scan(predictor, good, tmp_path / "labels.png")
+        predict_large_image(predictor, good, tmp_path / "labels.png")
     with pytest.raises(UsageError, match="would overwrite the image itself; choose another"):
-        predict_scan(predictor, good, good)
+        predict_large_image(predictor, good, good)
     with pytest.raises(
         UsageError,
         match="which ensembles and augmentation do not support; give one model, without",
     ):
-        predict_scan(Predictor(predictor.runtime, augment="flip"), good, tmp_path / "labels.tif")
+        predict_large_image(
+            Predictor(predictor.runtime, augment="flip"), good, tmp_path / "labels.tif"
+        )
     tifffile.imwrite(
         tmp_path / "four.tif",
         textured_image(70, 70, 4),
@@ -306,13 +308,13 @@ def test_a_failed_scan_leaves_no_file(tmp_path):
         planarconfig="contig",
     )
     with pytest.raises(UsageError, match=r"four\.tif has 4 bands, but 3 are needed"):
-        predict_scan(predictor, tmp_path / "four.tif", tmp_path / "labels.tif")
+        predict_large_image(predictor, tmp_path / "four.tif", tmp_path / "labels.tif")
     (tmp_path / "no.tif").write_bytes(b"not a TIFF at all")
     with pytest.raises(
         UsageError,
         match="is not a TIFF, and only TIFFs are read in parts; save it as a tiled TIFF",
     ):
-        predict_scan(predictor, tmp_path / "no.tif", tmp_path / "labels.tif")
+        predict_large_image(predictor, tmp_path / "no.tif", tmp_path / "labels.tif")
     broken = bytearray(good.read_bytes())
     with tifffile.TiffFile(good) as file:
         place = file.pages[0].dataoffsets[13]
@@ -321,7 +323,7 @@ def test_a_failed_scan_leaves_no_file(tmp_path):
     with pytest.raises(
         UsageError, match=r"broken\.tif' is damaged or incomplete .*; save or copy it again"
     ):
-        predict_scan(predictor, tmp_path / "broken.tif", tmp_path / "labels.tif")
+        predict_large_image(predictor, tmp_path / "broken.tif", tmp_path / "labels.tif")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.tif",
         "broken.tif",
@@ -346,13 +348,14 @@ def test_one_strip_as_large_as_the_picture_is_refused_before_it_is_decoded(tmp_p
         pass
 
 
-def test_only_large_tiffs_are_scans(tmp_path, monkeypatch):
-    monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 10_000)
+def test_only_large_tiffs_are_large_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_images, "MAX_IN_MEMORY_PIXELS", 10_000)
     for name, shape in (("large.tif", (101, 100)), ("small.tif", (100, 100))):
         tifffile.imwrite(tmp_path / name, np.zeros(shape, np.uint8))
     (tmp_path / "broken.tif").write_bytes(b"II*\0 and no more")
     assert [
-        is_scan(tmp_path / name) for name in ("large.tif", "small.tif", "broken.tif", "none.tif")
+        is_large_image(tmp_path / name)
+        for name in ("large.tif", "small.tif", "broken.tif", "none.tif")
     ] == [True, False, False, False]
 
 
@@ -370,16 +373,16 @@ import numpy as np, tifffile
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from made_inference import make_model, make_predictor
-from useg.inference import scans
+from useg.inference import large_images
 from useg.inference.predictor import Predictor
-scans.MAX_ACTIVATION_BYTES = 16 << 20
+large_images.MAX_ACTIVATION_BYTES = 16 << 20
 path, target = (Path(sys.argv[2]) / name for name in ("a.tif", "labels.tif"))
 tile = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
 for side in (512, 2048):
     some = (tile for _ in range((side // 256) ** 2))
     options = dict(shape=(side, side, 3), dtype="u1", tile=(256, 256), photometric="rgb")
     tifffile.imwrite(path, some, **options)
-    scans.predict_scan(make_predictor(make_model()), path, target)
+    large_images.predict_large_image(make_predictor(make_model()), path, target)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     command = [sys.executable, "-c", code, str(Path(__file__).parent.parent), str(tmp_path)]
@@ -429,7 +432,7 @@ def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, mos
         photometric="rgb",
         **layout,
     )
-    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 2_000_000)
+    monkeypatch.setattr(large_images, "MAX_ACTIVATION_BYTES", 2_000_000)
     decoded = []
     exact = large_tiff.Raster._decode
     monkeypatch.setattr(
@@ -437,6 +440,6 @@ def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, mos
         "_decode",
         lambda self, plane, number: decoded.append(number) or exact(self, plane, number),
     )
-    predict_scan(make_predictor(make_model()), tmp_path / "a.tif", tmp_path / "labels.tif")
+    predict_large_image(make_predictor(make_model()), tmp_path / "a.tif", tmp_path / "labels.tif")
     # The first tile is decoded twice: the number type of the image was read from it.
     assert len(decoded) <= most * len(set(decoded)) + 1

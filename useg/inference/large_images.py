@@ -28,6 +28,7 @@ from useg.files import replacing, replacing_folder
 from useg.images.large_tiff import TILE_SIDE, Pyramid, open_raster, tiff_declared_pixels
 from useg.images.ome_zarr import SUFFIX, ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import tiles
+from useg.inference.large_image_objects import LargeImageObjects, collect_objects
 from useg.inference.outputs import SOFTWARE_TAG, software_text
 from useg.inference.predictor import AugmentedView, Predictor
 from useg.inference.resampling import (
@@ -38,7 +39,6 @@ from useg.inference.resampling import (
     resize_logits_part,
 )
 from useg.inference.runtimes import Runtime, window_pixels
-from useg.inference.scan_objects import ScanObjects, collect_objects
 from useg.inference.tiles import TileWindow
 from useg.machine import prefetch
 from useg.models.description import ModelDescription
@@ -58,7 +58,7 @@ TIFF_SUFFIXES = (".tif", ".tiff")
 _ZARR_FILE = re.compile(r"(\d+/)?(zarr\.json|\.z(attrs|group|array|metadata)|(c/)?\d+/\d+)")
 
 
-class Scan(Protocol):
+class LargeImage(Protocol):
     """An image on disk that is read by rectangles.
 
     Either a :class:`useg.images.large_tiff.Raster` or a :class:`useg.images.ome_zarr.ZarrImage`.
@@ -92,7 +92,7 @@ class LabelMap(Protocol):
 WriteBlock = Callable[[Rectangle, LogitsPart], None]
 
 
-def is_scan(path: Path) -> bool:
+def is_large_image(path: Path) -> bool:
     """Whether an image is labelled in blocks: an OME-Zarr, or a TIFF too large for memory.
 
     A damaged TIFF is not: reading it gives the error.
@@ -100,12 +100,12 @@ def is_scan(path: Path) -> bool:
     return is_zarr(path) or tiff_declared_pixels(path) > MAX_IN_MEMORY_PIXELS
 
 
-def scan_path(out: Path, path: Path) -> Path:
+def large_label_path(out: Path, path: Path) -> Path:
     """Return where the label map of such an image goes."""
     return out / f"{path.stem}{SUFFIX if is_zarr(path) else TIFF_SUFFIXES[0]}"
 
 
-def predict_scan(
+def predict_large_image(
     predictor: Predictor,
     path: Path,
     target: Path,
@@ -148,23 +148,23 @@ def predict_scan(
         )
     description = predictor.runtime.description
     open_files = _zarr_files if is_zarr(path) else _tiff_files
-    with open_files(path, target, description, mark) as (scan, labels), ExitStack() as stack:
-        native = scan.shape[0], scan.shape[1]
-        fitted = FittedBands(scan, description, str(path))
+    with open_files(path, target, description, mark) as (raster, labels), ExitStack() as stack:
+        native = raster.shape[0], raster.shape[1]
+        fitted = FittedBands(raster, description, str(path))
         objects = (
             stack.enter_context(collect_objects(predictor, objects_out, native))
             if objects_out
             else None
         )
-        output = _BlockWriter(scan, labels, len(description.classes), objects)
+        output = _BlockWriter(raster, labels, len(description.classes), objects)
 
         def compute(scale: float) -> None:
             size = AugmentedView(scale).size(*description.working.of(native[1], native[0]))
-            image: tiles.PixelSource = ResizedView(fitted, scan.dtype, size)
+            image: tiles.PixelSource = ResizedView(fitted, raster.dtype, size)
             if description.working.standardize:
                 # Such a model reduces the whole image to a size that fits into memory.
                 image = standardize(image[0 : size[1], 0 : size[0]])
-            _compute_blocks(predictor.runtime, image, scan, partial(output.write, scale))
+            _compute_blocks(predictor.runtime, image, raster, partial(output.write, scale))
 
         compute(1.0)
         if objects:
@@ -177,14 +177,14 @@ def predict_scan(
 def _compute_blocks(
     runtime: Runtime,
     image: tiles.PixelSource,
-    scan: Scan,
+    raster: LargeImage,
     write: WriteBlock,
 ) -> None:
     """Compute an image block by block, and have each written while the next is computed."""
-    description, native = runtime.description, (scan.shape[0], scan.shape[1])
+    description, native = runtime.description, (raster.shape[0], raster.shape[1])
     geometry = tiles.overlap_geometry(runtime.class_logits, image, description.geometry)
     max_pixels = window_pixels(description, MAX_ACTIVATION_BYTES)
-    blocks, windows = plan_blocks(image, native, geometry, max_pixels, scan.band)
+    blocks, windows = plan_blocks(image, native, geometry, max_pixels, raster.band)
     computed = tiles.tile_logits(prefetch(tiles.tile_batches(windows, geometry)), runtime.run)
     working = image.shape[0], image.shape[1]
     with ThreadPoolExecutor(1) as writer:
@@ -203,38 +203,38 @@ class _BlockWriter:
     """Turns the logits of blocks into labels at the native size and writes them.
 
     Args:
-        scan: The image.
+        raster: The image.
         labels: Its label map.
         num_classes: The number of classes K.
         objects: Collects the objects; None if they are not wanted.
     """
 
-    scan: Scan
+    raster: LargeImage
     labels: LabelMap
     num_classes: int
-    objects: ScanObjects | None = None
+    objects: LargeImageObjects | None = None
 
     def write(self, scale: float, block: Rectangle, part: LogitsPart) -> None:
         """Write a block of whole tiles, from its outputs ``(K, h, w)`` at a scale.
 
         If objects are wanted, it may be computed at another scale, so that its labels are kept.
         """
-        native = self.scan.shape[0], self.scan.shape[1]
+        native = self.raster.shape[0], self.raster.shape[1]
         for place in _split(block, TILE_SIDE):
             outputs = resize_logits_part(part, native, *place)
             logits = outputs[: self.num_classes]
             if self.objects:
                 self.objects.blend(place, logits, scale)
             label = most_probable(logits)
-            label[self.scan.missing(place)] = IGNORE
+            label[self.raster.missing(place)] = IGNORE
             if self.objects:
                 self.objects.add(place, label, outputs)
             else:
                 self._write_tile(place, label)
 
-    def write_kept(self, objects: ScanObjects) -> None:
+    def write_kept(self, objects: LargeImageObjects) -> None:
         """Write the label map that was kept with the objects."""
-        height, width, _ = self.scan.shape
+        height, width, _ = self.raster.shape
         for place in _split((slice(0, height), slice(0, width)), TILE_SIDE):
             self._write_tile(place, objects.label(place))
 
@@ -245,7 +245,7 @@ class _BlockWriter:
 @contextmanager
 def _tiff_files(
     path: Path, target: Path, description: ModelDescription, mark: str
-) -> Iterator[tuple[Scan, LabelMap]]:
+) -> Iterator[tuple[LargeImage, LabelMap]]:
     if target.suffix.lower() not in TIFF_SUFFIXES:
         raise SettingsError(
             f"the label map of a large TIFF is a TIFF, but the target is '{target.name}'; "
@@ -266,7 +266,7 @@ def _tiff_files(
 @contextmanager
 def _zarr_files(
     path: Path, target: Path, description: ModelDescription, mark: str
-) -> Iterator[tuple[Scan, LabelMap]]:
+) -> Iterator[tuple[LargeImage, LabelMap]]:
     if target.suffix.lower() != SUFFIX:
         raise SettingsError(
             f"the label map of an OME-Zarr is an OME-Zarr, but the target is '{target.name}'; "
@@ -289,23 +289,23 @@ def is_own_zarr(path: Path) -> bool:
 
 
 class FittedBands:
-    """A scan with the bands that a model takes.
+    """An image on disk with the bands that a model takes.
 
     Pixels without data, NaN and infinity become the mean of the training images. (An image in
     memory gets its own mean there, which is unknown before the whole image was read.)
 
     Args:
-        scan: The image.
+        raster: The image.
         description: The model's.
         source: Name of the image in messages.
     """
 
-    def __init__(self, scan: Scan, description: ModelDescription, source: str) -> None:
-        self.shape = (*scan.shape[:2], description.channels)
-        self._scan, self._description, self._source = scan, description, source
+    def __init__(self, raster: LargeImage, description: ModelDescription, source: str) -> None:
+        self.shape = (*raster.shape[:2], description.channels)
+        self._raster, self._description, self._source = raster, description, source
 
     def __getitem__(self, place: Rectangle) -> NDArray[Any]:
-        pixels, missing = self._scan[place], self._scan.missing(place)
+        pixels, missing = self._raster[place], self._raster.missing(place)
         mean = np.array(self._description.mean, np.float32)[: pixels.shape[2]]
         if missing.any():
             pixels = np.where(missing[..., None], mean.astype(pixels.dtype), pixels)

@@ -64,7 +64,7 @@ class MappedArray:
         return np.memmap(self._file, self._dtype, mode, shape=self.shape)
 
 
-class ScanObjects:
+class LargeImageObjects:
     """Collects what the objects of an image are made of, and writes their map and their table.
 
     Args:
@@ -177,14 +177,14 @@ class ScanObjects:
 @contextmanager
 def collect_objects(
     predictor: Predictor, out: Path, shape: tuple[int, int]
-) -> Iterator[ScanObjects]:
-    """Yield a :class:`ScanObjects` whose working files lie unnamed in ``out`` until the end."""
+) -> Iterator[LargeImageObjects]:
+    """Yield :class:`LargeImageObjects` whose working files lie unnamed in ``out`` until the end."""
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile(dir=out)) for _ in WORKING_TYPES]
         logits_file: BinaryIO | None = None
         if predictor.object_side:
             logits_file = stack.enter_context(tempfile.TemporaryFile(dir=out))
-        yield ScanObjects(predictor, out, shape, files, logits_file)
+        yield LargeImageObjects(predictor, out, shape, files, logits_file)
 
 
 def _read_tiles(numbers: MappedArray) -> Iterator[NDArray[np.uint32]]:

@@ -20,11 +20,11 @@ from useg.errors import UsageError
 from useg.images import large_tiff, ome_zarr
 from useg.images.large_tiff import halved
 from useg.images.ome_zarr import ZarrLabels, is_zarr, mark_of, open_zarr
-from useg.inference import scans
+from useg.inference import large_images
 from useg.inference.files import find_images, predict
+from useg.inference.large_images import predict_large_image
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
-from useg.inference.scans import predict_scan
 
 zarr = pytest.importorskip("zarr")
 
@@ -33,9 +33,9 @@ TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    for module in (large_tiff, scans, ome_zarr):
+    for module in (large_tiff, large_images, ome_zarr):
         monkeypatch.setattr(module, "TILE_SIDE", 64)
-    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 4_000_000)
+    monkeypatch.setattr(large_images, "MAX_ACTIVATION_BYTES", 4_000_000)
 
 
 def write(
@@ -142,7 +142,7 @@ def test_inner_chunks_of_shards_are_read_alone(tmp_path):
 def test_the_label_map_is_that_of_the_array_and_lies_over_it(tmp_path, version):
     image, predictor = textured_image(203, 307), make_predictor(make_model())
     write(tmp_path / "a.zarr", image, "tczyx", version)
-    predict_scan(predictor, tmp_path / "a.zarr", tmp_path / "out.zarr")
+    predict_large_image(predictor, tmp_path / "a.zarr", tmp_path / "out.zarr")
     group = zarr.open_group(tmp_path / "out.zarr", mode="r")
     assert group.metadata.zarr_format == (2 if version == "0.4" else 3)
     ome = group.attrs["ome"] if version == "0.5" else group.attrs
@@ -188,7 +188,7 @@ def test_the_label_map_is_that_of_the_array_and_lies_over_it(tmp_path, version):
 def test_each_chunk_is_decoded_about_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ome_zarr, "CELL", 64)
     monkeypatch.setattr(ome_zarr, "TILE_CACHE_BYTES", 30 * 64 * 64)
-    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 2_000_000)
+    monkeypatch.setattr(large_images, "MAX_ACTIVATION_BYTES", 2_000_000)
     write(tmp_path / "a.zarr", textured_image(256, 1024, 1), "yx", chunk=64)
     decoded = []
     exact = ome_zarr.ZarrImage._decode
@@ -197,7 +197,7 @@ def test_each_chunk_is_decoded_about_once(tmp_path, monkeypatch):
         "_decode",
         lambda self, i, j: decoded.append((i, j)) or exact(self, i, j),
     )
-    predict_scan(make_predictor(make_model()), tmp_path / "a.zarr", tmp_path / "out.zarr")
+    predict_large_image(make_predictor(make_model()), tmp_path / "a.zarr", tmp_path / "out.zarr")
     assert len(decoded) <= 1.25 * len(set(decoded))
 
 
@@ -246,7 +246,7 @@ def test_a_job_keeps_finished_label_maps_and_repeats_changed_ones(tmp_path, monk
 
 def test_a_failure_half_way_keeps_the_previous_label_map(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
-    predict_scan(
+    predict_large_image(
         predictor,
         write(tmp_path / "a.zarr", textured_image(70, 90)),
         tmp_path / "out.zarr",
@@ -254,7 +254,7 @@ def test_a_failure_half_way_keeps_the_previous_label_map(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ZarrLabels, "_multiscale", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        predict_scan(predictor, tmp_path / "a.zarr", tmp_path / "out.zarr", mark="second")
+        predict_large_image(predictor, tmp_path / "a.zarr", tmp_path / "out.zarr", mark="second")
     assert mark_of(tmp_path / "out.zarr") == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "out.zarr"]
 
@@ -325,7 +325,7 @@ def test_damaged_zarrs_are_refused_in_one_sentence(tmp_path, spoil, message):
     folder = write(tmp_path / "a.zarr", textured_image(70, 90), version="0.4")
     spoil(folder)
     with pytest.raises(UsageError, match=message):
-        predict_scan(make_predictor(make_model()), folder, tmp_path / "out.zarr")
+        predict_large_image(make_predictor(make_model()), folder, tmp_path / "out.zarr")
     assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
 
 
@@ -344,7 +344,7 @@ def test_no_code_in_a_file_is_run(tmp_path, change):
         if path.is_file():
             path.write_bytes(pickle.dumps(Planted(tmp_path / "run")))
     with pytest.raises(UsageError, match=r"damaged|not pixels"):
-        predict_scan(make_predictor(make_model()), folder, tmp_path / "out.zarr")
+        predict_large_image(make_predictor(make_model()), folder, tmp_path / "out.zarr")
     assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
 
 
@@ -387,9 +387,9 @@ def test_wrong_targets_are_refused(tmp_path):
         UsageError,
         match=r"of an OME-Zarr is an OME-Zarr, but the target is 'a\.tif'; end the name in \.zarr",
     ):
-        predict_scan(predictor, folder, tmp_path / "a.tif")
+        predict_large_image(predictor, folder, tmp_path / "a.tif")
     with pytest.raises(UsageError, match="would overwrite the image itself; choose another"):
-        predict_scan(predictor, folder, folder)
+        predict_large_image(predictor, folder, folder)
     with pytest.raises(
         UsageError, match="would overwrite the image itself; choose another folder for the output"
     ):
@@ -398,7 +398,9 @@ def test_wrong_targets_are_refused(tmp_path):
         UsageError,
         match="which ensembles and augmentation do not support; give one model, without",
     ):
-        predict_scan(Predictor(predictor.runtime, augment="flip"), folder, tmp_path / "out.zarr")
+        predict_large_image(
+            Predictor(predictor.runtime, augment="flip"), folder, tmp_path / "out.zarr"
+        )
     with pytest.raises(
         UsageError,
         match=r"a\.zarr' is labelled in blocks, which writes only a label map and objects; omit",
@@ -409,7 +411,7 @@ def test_wrong_targets_are_refused(tmp_path):
         UsageError,
         match=r"useg did not write this file.*other\.zarr; choose another folder",
     ):
-        predict_scan(predictor, folder, other)
+        predict_large_image(predictor, folder, other)
     assert open_zarr(other).shape == (20, 20, 3)
 
 
@@ -417,7 +419,7 @@ def test_without_zarr_the_install_line_is_given(tmp_path, monkeypatch):
     folder = write(tmp_path / "a.zarr", textured_image(20, 20))
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(UsageError, match=r"pip install 'useg\[zarr\]'"):
-        predict_scan(make_predictor(make_model()), folder, tmp_path / "out.zarr")
+        predict_large_image(make_predictor(make_model()), folder, tmp_path / "out.zarr")
 
 
 def test_a_description_that_is_nested_too_deeply_has_no_mark(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE
 from useg.data.dataset import pick_evenly
-from useg.data.names import MASK_WORDS, split_name
+from useg.data.file_names import MASK_WORDS, split_name
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
 from useg.images.files import read_image, read_mask
