@@ -146,12 +146,16 @@ def test_whole_scenes_that_already_differ_in_light_get_no_photometric_changes(
     assert ("times as bright" in chosen.reasons["train.photometric"]) == (strength == 0)
 
 
-def test_photographs_are_reduced_even_if_their_labels_may_be_anywhere(tmp_path: Path) -> None:
-    chosen = planned(make_disc_dataset(tmp_path / "data", size=(640, 480)))
-    assert chosen.settings.data.size == (256, 192)
-    assert chosen.reasons["data.size"].startswith(
-        "photographs (colour images that all have the same "
-    )
+@pytest.mark.parametrize(("size", "reduced"), [((320, 240), (256, 192)), ((640, 480), (352, 256))])
+def test_photographs_whose_labels_may_be_anywhere_are_reduced_to_nine_tenths_of_their_detail(
+    size: tuple[int, int], reduced: tuple[int, int], tmp_path: Path
+) -> None:
+    chosen = planned(make_disc_dataset(tmp_path / "data", size=size))
+    assert chosen.settings.data.size == reduced
+    reason = chosen.reasons["data.size"]
+    assert reason.startswith("photographs (colour images that all have the same ")
+    # At 256x192, labels of 640x480 keep an IoU of 0.85.
+    assert ("fine labels would keep an IoU of only 85 %" in reason) == (reduced[0] == 352)
 
 
 def test_whole_things_without_an_up_and_down_are_flipped_every_way(tmp_path: Path) -> None:

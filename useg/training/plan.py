@@ -99,8 +99,8 @@ MIN_CROPS_PER_RUN = 6000
 STEP_TIME_SHARE = 0.8
 
 # Labels that are reduced to the working size and enlarged again have to keep this mean IoU with
-# the originals.
-MIN_LABEL_IOU = 0.8
+# the originals: in scenes, and in photographs in which classes differ only by their own details.
+MIN_LABEL_IOU, MIN_DETAIL_IOU = 0.8, 0.9
 
 # Width of the networks where the time does not allow more.
 DEFAULT_WIDTH = 16
@@ -384,7 +384,7 @@ class _Planner:
         """Downscale whole scenes to fit the time, but keep the details of their labels."""
         if self.settings.data.size or self.settings.data.scale:
             return
-        known = self.label_statistics.position_information()
+        known, least = self.label_statistics.position_information(), MIN_LABEL_IOU
         if known >= MIN_POSITION_INFORMATION:
             whole = (
                 f"whole scenes: the position of a pixel explains {100 * known:.0f} % of its class, "
@@ -392,13 +392,13 @@ class _Planner:
             )
         elif _are_photographs(self.sizes, self.channels):
             whole = "photographs (colour images that all have the same oblong size) are"
+            least = MIN_DETAIL_IOU
         else:
             self.decide(
                 "data.scale",
                 1.0,
                 f"the position of a pixel explains only {100 * known:.0f} % of its class, so "
-                "images keep their resolution, unless all are colour images of the same oblong "
-                "size",
+                "images keep their resolution, unless all are colour images of one oblong size",
             )
             return
         frame, pixels = self.frame, self.crop_pixels
@@ -406,7 +406,7 @@ class _Planner:
         limit = "as the time allows" if self.is_timed else "by default"
         reason = f"{whole} reduced to about {pixels:,} pixels, {limit}"
         kept_at = self.label_statistics.iou_after_reduction
-        while size != frame and (kept := kept_at(size[0] / frame[0])) < MIN_LABEL_IOU:
+        while size != frame and (kept := kept_at(size[0] / frame[0])) < least:
             reason = (
                 f"{whole} not cut; at the next smaller size fine labels would keep an IoU of only "
                 f"{100 * kept:.0f} % with the original labels"
