@@ -55,7 +55,7 @@ from pathlib import Path
 
 import useg.machine
 
-useg.machine.tune()  # before torch is imported: it sets how torch's threads wait and share
+useg.machine.tune()  # before torch is imported: it sets how torch's threads wait
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -663,7 +663,7 @@ print("Right: at this distance, there are no seams.")
 # ## 4. The receptive field
 #
 # The output for a pixel depends on a square of the image around it, its **receptive field**. A grey
-# pixel may be road, wall or sky: only its surroundings tell. Each 3 x 3 convolution extends the
+# pixel may be road, wall or sky; its surroundings show which. Each 3 x 3 convolution extends the
 # field by one step on each side, and after a pooling, steps are twice as long. `useg.describe`
 # computes the field after every layer (right column). For a small U-Net with two poolings:
 
@@ -711,7 +711,7 @@ influence = x.grad[0].abs().sum(0)
 rows = influence.sum(1).nonzero().squeeze()
 field = useg.describe(network, (128, 128)).field
 print(
-    f"the answer at row 64 depends on the rows {rows.min()} to {rows.max()}: "
+    f"the output at row 64 depends on the rows {rows.min()} to {rows.max()}: "
     f"{len(rows)} rows, of at most {field}"
 )
 ax = show([influence.sqrt()], ["influence on the pixel in the middle (square root)"], width=4)[0, 0]
@@ -1316,8 +1316,8 @@ plt.show()
 
 # %% [markdown]
 # Level 0 is the top, at full size. Without it, the finest features that the network has are at half
-# the size, and the thin classes disappear first. Lower levels matter less and less, because the
-# levels above have the same information about positions, and finer. (A network *trained* without
+# the size, and the thin classes disappear first. Each lower level matters less, because the levels
+# above it hold the same information about positions, in finer detail. (A network *trained* without
 # one of the connections would have learned to compensate for it; this experiment shows what the
 # trained network relies on.)
 #
@@ -1492,10 +1492,10 @@ print("Right: this score will mean something.")
 #
 # Training is one call. `useg` picks every setting that you omit, from the images and this machine,
 # and prints why. We set a small network, a small size and few steps, so that it takes about half a
-# minute; without these settings it takes ten minutes and gives better scores. We also turn off what
-# makes a model robust to other streets and weather, the same brightness for all images and random
-# changes of colour and exposure: our held-out scenes look like the training scenes, so this would
-# not help in so few steps.
+# minute; without these settings it takes ten minutes and gives better scores. We also turn off
+# three settings that make a model robust to other streets and weather: the same brightness for all
+# images, and random changes of colour and of exposure. Our held-out scenes look like the training
+# scenes, so these settings would not help in so few steps.
 
 # %%
 from useg.training.trainer import SilentProgress

@@ -180,8 +180,8 @@ def adapt_command(
 ) -> None:
     """Adapt a model to images without masks, for example of another season or laboratory.
 
-    Blends the batch statistics of the images with those of the model. A measurement that needs no
-    labels decides how much. If nothing is better, the model stays unchanged.
+    Mixes the batch normalisation statistics of the images into those of the model. useg measures,
+    without labels, which share of them helps. If none does, the model stays unchanged.
     """
     from useg.inference.adapt import adapt
 
@@ -246,14 +246,15 @@ def evaluate_command(
     tolerance: Annotated[
         int | None,
         typer.Option(
-            metavar="PIXELS", help="Tolerance of boundary F (default: 0.8 % of the diagonal)"
+            metavar="PIXELS",
+            help="Tolerance of the boundary F-score (default: 0.8 % of the image diagonal)",
         ),
     ] = None,
     tile: Annotated[
         int | None,
         typer.Option(
             metavar="PIXELS",
-            help="Predict in tiles of this size, 0 for whole images; scores do not change",
+            help="Predict in tiles of this size, or 0: in one pass; scores do not change",
         ),
     ] = None,
     runtime: Annotated[str | None, runtime_option("the model file's own, in fp32")] = None,
@@ -339,7 +340,7 @@ def export_command(
     assign: Assignments = [],  # noqa: B006 - typer copies it
     json_file: JsonFile = None,
 ) -> None:
-    """Export a model for other programs: raw pixels in, logits out.
+    """Export a model as ONNX, OpenVINO or a web page: raw pixels in, logits out.
 
     useg compares the exported model with PyTorch and keeps it only if both agree.
     """
@@ -363,7 +364,7 @@ def bench_command(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure images per second of each installed runtime, and its share of the machine's peak."""
+    """Measure each installed runtime: images per second, and share of the machine's peak FLOP/s."""
     from useg.config import parse_size
 
     pixels = parse_size(size) if size else None

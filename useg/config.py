@@ -169,8 +169,8 @@ class DataSettings(_Settings):
     classes: Text | None = Field(None, description="path of a classes.toml")
     unlabelled: Text | None = Field(
         None,
-        description="folder of unlabelled images from the place where the model will work; "
-        "training crops are recoloured to match them, if this matters",
+        description="folder of unlabelled images from the place where the model will work; if "
+        "their colours lower the score, training crops are recoloured to match them",
     )
 
 
@@ -197,7 +197,7 @@ class TrainSettings(_Settings):
         (),
         max_length=10_000,
         description="written by useg: changes of the number of threads, because other programs "
-        "used the cores or left them, as [step, threads after it]",
+        "started or stopped using cores, as [step, threads after it]",
     )
     unlabelled_from: StepCount | None = Field(
         None,

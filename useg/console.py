@@ -50,8 +50,8 @@ def runtime_option(default: str) -> Any:
     return typer.Option(
         "--runtime",
         metavar="NAME",
-        help="torch, torch-bf16, gpu, onnx, openvino, openvino-bf16, or auto: the fastest one that "
-        f"gives the same labels (default: {default})",
+        help="Runtime: torch, torch-bf16, gpu, onnx, openvino, openvino-bf16, or auto, the fastest "
+        f"that gives the same labels (default: {default})",
     )
 
 
@@ -78,7 +78,8 @@ Augmentation = Annotated[
     typer.Option(
         "--augment",
         metavar="NAME",
-        help="Average predictions over views of each image: flip, flips, turns or scales",
+        help="Test-time augmentation, the mean of several predictions: flip (mirrored), flips (4 "
+        "flips), turns (8 flips and rotations) or scales (3 sizes)",
     ),
 ]
 

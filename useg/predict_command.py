@@ -121,7 +121,8 @@ def predict_command(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Label on a Ray cluster (label maps only); local starts one on this machine",
+            help="Label on the Ray cluster at this address (label maps only); local starts one on "
+            "this machine",
         ),
     ] = None,
     workers: Annotated[
@@ -140,7 +141,7 @@ def predict_command(
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Label images: palette PNGs in OUT, overlays in OUT/overlays.
+    """Label images: write label maps (palette PNGs) to OUT, and overlays to OUT/overlays.
 
     Run the same command again to continue an interrupted job. Exit status 1 means that some images
     could not be labelled.

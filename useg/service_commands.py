@@ -115,11 +115,11 @@ def serve_command(
         ),
     ] = 25,
     waiting: Annotated[
-        int, typer.Option(help="Maximum number of images in the queue; more requests get a 503")
+        int, typer.Option(help="Maximum number of queued images; further requests get status 503")
     ] = 64,
     seconds: Annotated[
         float,
-        typer.Option(callback=finite, help="Time limit of a request; after that it gets a 503"),
+        typer.Option(callback=finite, help="Time limit of a request; then it gets status 503"),
     ] = 25,
     memory: Annotated[
         float,

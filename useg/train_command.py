@@ -47,7 +47,7 @@ def train_command(
     assign: Assignments = [],  # noqa: B006 - typer copies it
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="Settings file; the run.toml of a run repeats that run"),
+        typer.Option("--config", help="TOML file of settings; a run.toml repeats its run"),
     ] = None,
     start: Annotated[
         Path | None,
@@ -82,8 +82,8 @@ def train_command(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Unlabelled images from the place where the model will work; training crops are "
-            "recoloured to match them, if this matters",
+            help="Folder of unlabelled images from the place where the model will work; if their "
+            "colours lower the score, training crops are recoloured to match them",
         ),
     ] = None,
     resume: Annotated[

@@ -193,12 +193,12 @@ def choose_encoder(model: ModelSettings, channels: int) -> tuple[str, str]:
     architecture = model.architecture()
     changed = [name for name, value in _PLAIN.items() if architecture[name] != value]
     if changed:
-        return "plain", f"the paper's U-Net, because model.{changed[0]} is set, which shapes it"
+        return "plain", f"the paper's U-Net, because model.{changed[0]} is set"
     if not model.pretrained:
         return "plain", "the paper's U-Net, because model.pretrained = false"
     if channels not in (1, 3):
         return "plain", (
-            f"the paper's U-Net: ImageNet weights gain nothing with images of {channels} bands"
+            f"the paper's U-Net: ImageNet weights do not help with images of {channels} bands"
         )
     if find_spec(PACKAGED["lite0"][0]) is None:
         return "plain", (
