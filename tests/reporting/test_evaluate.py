@@ -400,7 +400,7 @@ def test_ignored_pixels_are_in_no_object(monkeypatch: pytest.MonkeyPatch) -> Non
     masks = {}
     monkeypatch.setattr(
         evaluate,
-        "object_counts",
+        "count_components",
         lambda prediction, truth: (
             masks.update(prediction=prediction, truth=truth) or np.zeros(5, np.int64)
         ),

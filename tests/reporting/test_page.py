@@ -20,13 +20,13 @@ from made_reporting import (
     make_report,
 )
 
+from useg.objects.scores import ComponentScores
 from useg.reporting import page as report_page
 from useg.reporting.evaluation import Evaluation
 from useg.reporting.page import write_markdown, write_report
 from useg.reporting.text import Report
 from useg.scoring.boundaries import Membranes
 from useg.scoring.metrics import score
-from useg.scoring.regions import Objects
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_page_shows_objects_and_membranes_only_on_request(page: ParsedPage, tmp_
     assert "Membrane" not in page.text
     evaluation = replace(
         make_evaluation(),
-        objects=Objects(0.8, 0.9, 0.7, 10, 9, 7, 2, 1),
+        objects=ComponentScores(0.8, 0.9, 0.7, 10, 9, 7, 2, 1),
         membranes=Membranes(0.001, 0.02, 0.03, (0.5, 0.5, 0.5)),
     )
     write_report(tmp_path / "report.html", Report("T", evaluation, TABLE))

@@ -11,6 +11,7 @@ import pytest
 from made_reporting import COUNTS, TABLE, make_evaluation
 
 from useg.data.dataset import Pair
+from useg.objects.scores import ComponentScores
 from useg.reporting.evaluation import Cause, ImageScore
 from useg.reporting.text import (
     Report,
@@ -24,7 +25,6 @@ from useg.reporting.text import (
     object_sentences,
     position_sentence,
 )
-from useg.scoring.regions import Objects
 from useg.scoring.uncertainty import Calibration, Interval
 
 
@@ -137,7 +137,7 @@ def test_calibration_is_described(
 
 
 def test_one_merged_prediction_and_one_split_object_are_singular() -> None:
-    objects = Objects(0.8, 0.9, 0.7, 10, 9, 7, 1, 1)
+    objects = ComponentScores(0.8, 0.9, 0.7, 10, 9, 7, 1, 1)
     (sentence,) = object_sentences(replace(make_evaluation(), objects=objects))
     assert sentence.endswith(
         "1 prediction covers several true objects, and 1 true object is split into several "

@@ -5,6 +5,8 @@ Each object has at most one partner. The average precision (AP) at a threshold i
 (matched + missed + invented)``, as in the Data Science Bowl 2018, StarDist and cellpose. Panoptic
 quality is defined by Kirillov et al., "Panoptic segmentation" (2019), whose rules for ignored
 pixels apply to all scores here.
+
+The connected regions of one class are matched in the same way, where no object is numbered.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, Label
 from useg.objects.separation import ObjectIds
 from useg.objects.table import FoundObjects
+from useg.scoring.regions import components
 from useg.scoring.uncertainty import Interval, resampled_intervals
 
 # Smallest IoU of a match.
@@ -32,6 +35,10 @@ _WITH_INTERVAL = ("ap50", "mean_ap", "f1", "panoptic_quality", "count_bias", "co
 
 # (N, 8 + 10) float64: a row of counts for each image.
 ObjectTally = NDArray[np.float64]
+
+# (5,): these counts of connected regions.
+_COMPONENT_COLUMNS = ("true", "predicted", "quality_matches", "merged", "split")
+ComponentCounts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -230,3 +237,45 @@ def _score(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 def _divide(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(whole > 0, part / np.maximum(whole, 1), math.nan)
+
+
+@dataclass(frozen=True)
+class ComponentScores:
+    """Scores of the connected regions of one class; fractions 0..1, ``nan`` if there is none.
+
+    Args:
+        f1: ``2 * matched / (true + predicted)``.
+        precision: Share of the predicted regions that match a true one.
+        recall: Share of the true regions that match a predicted one.
+        num_true: Number of regions in the ground truth.
+        num_predicted: Number of regions in the prediction.
+        matched: Number of pairs with an IoU above 0.5. Above it, no region can have two partners.
+        merged: Number of predicted regions that cover more than half of each of several true ones,
+            as where touching cells became one.
+        split: Number of true regions that cover more than half of each of several predicted ones.
+    """
+
+    f1: float
+    precision: float
+    recall: float
+    num_true: int
+    num_predicted: int
+    matched: int
+    merged: int
+    split: int
+
+
+def count_components(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> ComponentCounts:
+    """Count and match the 4-connected regions of two masks ``(H, W)``; images add up."""
+    counts = tally_objects(components(prediction), components(truth))
+    return counts[[_COLUMNS.index(name) for name in _COMPONENT_COLUMNS]].astype(np.int64)
+
+
+def score_components(counts: ComponentCounts) -> ComponentScores:
+    """Compute the scores from summed counts ``(5,)``."""
+    true, predicted, matched, merged, split = (int(value) for value in counts)
+    f1, precision, recall = (
+        matched / whole if whole else math.nan
+        for whole in ((true + predicted) / 2, predicted, true)
+    )
+    return ComponentScores(f1, precision, recall, true, predicted, matched, merged, split)

@@ -47,7 +47,15 @@ from useg.models.description import (
     measure_image,
 )
 from useg.models.geometry import fit_bands
-from useg.objects.scores import ObjectScores, ObjectTally, score_tallies, tally_classes
+from useg.objects.scores import (
+    ComponentCounts,
+    ObjectScores,
+    ObjectTally,
+    count_components,
+    score_components,
+    score_tallies,
+    tally_classes,
+)
 from useg.objects.separation import ObjectIds
 from useg.objects.table import find_objects
 from useg.reporting.evaluation import Evaluation, ImageScore
@@ -55,10 +63,8 @@ from useg.scoring import boundaries, regions, uncertainty
 from useg.scoring.boundaries import BoundaryCounts, MembraneCounts, boundary_counts, membrane_counts
 from useg.scoring.metrics import Confusion, confusion, mean_iou, pixel_accuracy, score, tally
 from useg.scoring.regions import (
-    ObjectCounts,
     PlaceCounts,
     RegionCounts,
-    object_counts,
     place_counts,
     region_counts,
 )
@@ -159,7 +165,7 @@ class ImageCounts:
     reliability: Reliability
     regions: RegionCounts
     places: PlaceCounts
-    objects: ObjectCounts
+    objects: ComponentCounts
     membranes: MembraneCounts
     instances: ObjectTally = field(default_factory=lambda: np.zeros((0, 18)))
 
@@ -224,7 +230,7 @@ def evaluate_dataset(
         calibration=uncertainty.calibration(sums.reliability, predictor.temperature),
         sizes=regions.score_regions(sums.regions),
         places=sums.places,
-        objects=regions.score_objects(sums.objects) if sums.objects.size else None,
+        objects=score_components(sums.objects) if sums.objects.size else None,
         membranes=boundaries.score_membranes(sums.membranes) if sums.membranes.size else None,
         object_scores=_score_objects(np.stack(instances), blocks, settings, predictor.classes),
     )
@@ -271,7 +277,8 @@ def count_image(
     objects, membranes = np.zeros(0, np.int64), np.zeros(0)
     known = label != IGNORE
     if settings.objects is not None:
-        objects = object_counts((prediction == settings.objects) & known, label == settings.objects)
+        is_predicted = (prediction == settings.objects) & known
+        objects = count_components(is_predicted, label == settings.objects)
     if settings.membranes is not None:
         cell_probability = 1 - softmax(logits, temperature)[settings.membranes]
         true_cells = (label != settings.membranes) & known

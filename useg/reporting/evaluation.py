@@ -10,7 +10,7 @@ import numpy as np
 
 from useg.data.dataset import Pair, pair_name
 from useg.errors import SettingsError
-from useg.objects.scores import ObjectScores
+from useg.objects.scores import ComponentScores, ObjectScores
 from useg.scoring import boundaries, regions, uncertainty
 from useg.scoring.boundaries import Membranes
 from useg.scoring.metrics import Confusion, Scores, Tally, plain
@@ -107,7 +107,7 @@ class Evaluation:
     calibration: uncertainty.Calibration | None = None
     sizes: regions.Sizes | None = None
     places: PlaceCounts | None = None
-    objects: regions.Objects | None = None
+    objects: ComponentScores | None = None
     membranes: Membranes | None = None
     object_scores: Mapping[str, ObjectScores] = field(default_factory=dict)
     causes: tuple[Cause, ...] = ()

@@ -1,8 +1,8 @@
-"""Connected regions, and scores of regions, places and objects.
+"""Connected regions, and scores of regions and places.
 
 A mean IoU counts pixels: a class whose large objects are found and whose small ones are all missed
-scores well. Here the regions of the ground truth are sorted by size, errors are counted on a grid
-of places that is the same for images of every size, and objects are matched one to one.
+scores well. Here the regions of the ground truth are sorted by size, and errors are counted on a
+grid of places that is the same for images of every size.
 
 Connected regions are found with numpy alone: rows are cut into runs, and runs that touch are
 joined. Each round attaches every region to a neighbour with a lower number, which leaves at most
@@ -36,9 +36,6 @@ RegionCounts = NDArray[np.int64]
 GRID_ROWS, GRID_COLUMNS = 12, 16
 # (2, GRID_ROWS, GRID_COLUMNS): labelled pixels of each cell of the grid, and those that are wrong.
 PlaceCounts = NDArray[np.int64]
-
-# (5,): true objects, predicted objects, matched, merged and split.
-ObjectCounts = NDArray[np.int64]
 
 
 def components(mask: NDArray[np.bool_]) -> RegionNumbers:
@@ -208,59 +205,3 @@ def error_rates(counts: PlaceCounts) -> NDArray[np.float64]:
     """
     labelled, wrong = counts
     return np.where(labelled > 0, wrong / np.maximum(labelled, 1), np.nan)
-
-
-@dataclass(frozen=True)
-class Objects:
-    """Scores of the objects of one class; fractions 0..1, ``nan`` if there is no object at all.
-
-    Args:
-        f1: ``2 * matched / (true + predicted)``.
-        precision: share of the predicted objects that match a true one.
-        recall: share of the true objects that match a predicted one.
-        num_true: number of connected regions in the ground truth.
-        num_predicted: number of connected regions in the prediction.
-        matched: number of pairs with an IoU above 0.5. Above it, no object can have two partners
-            (Kirillov et al., "Panoptic segmentation", 2019).
-        merged: number of predicted objects that cover more than half of each of several true ones,
-            as where touching cells became one.
-        split: number of true objects that cover more than half of each of several predicted ones.
-    """
-
-    f1: float
-    precision: float
-    recall: float
-    num_true: int
-    num_predicted: int
-    matched: int
-    merged: int
-    split: int
-
-
-def object_counts(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> ObjectCounts:
-    """Count and match the 4-connected regions of two masks ``(H, W)``; images add up."""
-    predicted, true = components(prediction), components(truth)
-    num_predicted, num_true = int(predicted.max(initial=0)), int(true.max(initial=0))
-    area_predicted, area_true = np.bincount(predicted.ravel()), np.bincount(true.ravel())
-    both = prediction & truth
-    codes, shared = np.unique(
-        true[both] * (num_predicted + 1) + predicted[both], return_counts=True
-    )
-    t, p = np.divmod(codes, num_predicted + 1)
-    matched = 2 * shared > area_true[t] + area_predicted[p] - shared
-    merged = np.bincount(p[2 * shared > area_true[t]]) > 1
-    split = np.bincount(t[2 * shared > area_predicted[p]]) > 1
-    return np.array(
-        [num_true, num_predicted, *(np.count_nonzero(found) for found in (matched, merged, split))],
-        np.int64,
-    )
-
-
-def score_objects(counts: ObjectCounts) -> Objects:
-    """Compute the scores from summed counts ``(5,)``."""
-    true, predicted, matched, merged, split = (int(value) for value in counts)
-    f1, precision, recall = (
-        matched / whole if whole else math.nan
-        for whole in ((true + predicted) / 2, predicted, true)
-    )
-    return Objects(f1, precision, recall, true, predicted, matched, merged, split)
