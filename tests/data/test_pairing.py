@@ -120,6 +120,19 @@ def test_a_text_between_any_two_parts_of_a_name_is_found(tmp_path):
     assert all(pair.mask.stem.replace("gt_", "") == pair.image.stem for pair in pairs)
 
 
+def test_names_that_agree_only_if_two_words_change_places_are_refused(tmp_path):
+    for sides, numbers in ((("left", "right"), range(3)), (("right", "left"), range(3, 6))):
+        for k in numbers:
+            write_image(tmp_path / "images" / f"{sides[0]}_{k}.png")
+            write_mask(tmp_path / "masks" / f"{sides[1]}_mask_{k}.png")
+    with pytest.raises(DataError, match=r"agree only if 'left' and 'right' change places"):
+        find_dataset(tmp_path)
+    # The control: other words may change.
+    for path in [*(tmp_path / "masks").glob("left*")]:
+        path.rename(path.with_name(path.name.replace("left", "right")))
+    assert len(find_dataset(tmp_path).pairs) == 6
+
+
 def test_tiles_of_a_grid_are_paired_although_every_number_is_in_many_names(tmp_path):
     names = [f"slide{s}_r{y}_c{x}" for s in range(4) for y in range(4) for x in range(4)]
     dataset = find_dataset(write_folders(tmp_path, "tiles", "labels", tuple(names)))

@@ -96,7 +96,7 @@ _MAX_SHARING = 4000
 # A rule that may fit a name in more ways is not tried.
 _MAX_FITS = 10_000
 # Up to this many ways are all tried, otherwise the first and the last.
-_MAX_PLACES = 32
+_MAX_PLACES = 64
 # Rules that are tried on all names.
 _MAX_RULES = 48
 
@@ -121,6 +121,15 @@ class Rule:
         """The number of characters that differ."""
         return sum(len(part[0]) + len(part[1]) for part in self.parts if part)
 
+    @property
+    def changes(self) -> tuple[Counter[str], Counter[str]]:
+        """The words and numbers that only one name has, and those that only the other has."""
+        one, other = (
+            Counter(word for part in self.parts if part for word in split_name(part[k]))
+            for k in (0, 1)
+        )
+        return one - other, other - one
+
     @cached_property
     def _patterns(self) -> tuple[re.Pattern[str], ...]:
         # Where the texts occur very often in a name, only the first and the last place are tried.
@@ -141,7 +150,7 @@ class Rule:
         num_fits = math.prod(name.count(text) * max(len(text), 1) for text in inner)
         if not 0 < num_fits <= _MAX_FITS:
             return []
-        if 2 < num_fits <= _MAX_PLACES:
+        if num_fits > 2 and math.prod(map(name.count, inner)) <= _MAX_PLACES:
             found = list(_follow(self.parts, name))
             return [*found[1:-1], *found[:1], *found[1:][-1:]]
         found = []

@@ -14,7 +14,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +136,27 @@ def _pair_names(root: Path, everything: Sequence[Path]) -> DetectedLayout | None
     files = NamedFiles(root, paths)
     links = links_to_masks(files)
     parts = list(choose_pairs(links, files))
+    _refuse_exchanged_names(parts, files)
     return _to_layout(parts, files) if parts else None
+
+
+def _refuse_exchanged_names(parts: Sequence[ChosenPairs], files: NamedFiles) -> None:
+    """Refuse pairs whose names agree only if two words or numbers change places.
+
+    Raises:
+        DataError: One rule turns ``L`` into ``R``, and another one ``R`` into ``L``.
+    """
+    for one, other in combinations(parts, 2):
+        changed = [part.link.rule.changes for part in (one, other)]
+        both = [changed[0][k].keys() & changed[1][1 - k].keys() for k in (0, 1)]
+        words = [[word for word in sorted(each) if word.isalnum()] for each in both]
+        if words[0] and words[1]:
+            image, mask = (files.paths[name] for name in next(iter(one.link.partners.items())))
+            raise DataError(
+                f"the names of images and masks agree only if {words[0][0]!r} and {words[1][0]!r} "
+                f"change places, as for '{image}' and '{mask}', so they may be paired wrongly; "
+                "give each mask the name of its image, or one that only adds a word to it"
+            )
 
 
 def _pair_arrays(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
