@@ -171,7 +171,8 @@ def test_official_test_images_are_never_trained_on(mode):
         ("a", {}, "auto", "there is 1 image for training and validation, but each of them needs"),
         ("", {}, "auto", "there are no images for training and validation; add images"),
         ("ab", {"a": "test", "b": "test"}, "auto", "all 2 images with masks are in the split test"),
-        ("ab", {"a": "val", "b": "test"}, "auto", "there is 1 image for training"),
+        ("ab", {"a": "val", "b": "test"}, "auto", "are in the split test or val, so none is left"),
+        ("ab", {"a": "val", "b": "val"}, "auto", r"choose another split \(--set data.split=blocks"),
         ("ab", {}, "official", r"'/data' has no official splits; choose another split, such as"),
         (
             "ab",

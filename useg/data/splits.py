@@ -209,8 +209,9 @@ def _complete(dataset: Dataset, holdout: float) -> Dataset:
         )
     train, val = dataset.of("train"), dataset.of("val")
     how = dataset.splits_by or "official"
+    if val and not train:
+        raise DataError(_describe_few(0, dataset))
     if val:
-        _check_count((*train[:1], *val[:1]), dataset)
         return replace(dataset, splits_by=how)
     return _resplit(dataset, _split_auto, train, holdout, f"{how}; val taken from train: ")
 
@@ -244,10 +245,16 @@ def _describe_few(number: int, dataset: Dataset) -> str:
         )
     if not dataset.pairs:
         return "there are no images for training and validation; add images with masks"
+    splits = sorted({pair.split for pair in dataset.pairs})
+    advice = (
+        ", choose another split (--set data.split=blocks, or groups, stratified or random)"
+        if len(dataset.of("val")) > 1
+        else ""
+    )
     return (
-        f"all {len(dataset.pairs)} images with masks are in the split {dataset.pairs[0].split}, so "
-        "none is left for training; add images with masks, or give some of these another split in "
-        "a split.csv (image,split)"
+        f"all {len(dataset.pairs)} images with masks are in the split {' or '.join(splits)}, so "
+        f"none is left for training; add images with masks{advice}, or give some of these another "
+        "split in a split.csv (image,split)"
     )
 
 
