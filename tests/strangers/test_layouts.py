@@ -771,6 +771,19 @@ def test_masks_that_are_called_classes_win_where_pixels_do_not_decide(
     assert any(others[0] in note for note in dataset.notes)
 
 
+def test_classes_of_which_some_masks_lack_the_last_do_not_number_parts_called_visible(
+    tmp_path: Path,
+) -> None:
+    for k in range(6):
+        pixels, label = yard(k)
+        classes = label.copy()
+        classes[:, : WIDTH // 2][classes[:, : WIDTH // 2] == 3] += k % 2
+        save(tmp_path / "images" / f"{k}.png", pixels)
+        save(tmp_path / "semantics" / f"{k}.png", classes)
+        save(tmp_path / "plant_visibility" / f"{k}.png", np.uint8(200) * (label > 1))
+    assert {pair.mask.parent.name for pair in find_dataset(tmp_path).pairs} == {"semantics"}
+
+
 def test_python_objects_of_cellpose_are_not_taken_for_images(tmp_path: Path) -> None:
     for k in range(6):
         pixels, numbers = blobs(k)

@@ -496,9 +496,9 @@ def _explain(one: _MaskSet, other: _MaskSet) -> str:
             return f"shows the same as {name} in another format"
         how = "in colours" if one.is_colored else "with other values"
         return f"shows the same as {name} {how}" if is_plainer else ""
-    if back >= _FOLLOWS and one.numbers_objects and not other.numbers_objects:
-        return f"numbers the objects of {name}"
     is_weaker = _own_other_words(other, one) and not _own_other_words(one, other)
+    if back >= _FOLLOWS and one.numbers_objects and not (other.numbers_objects or is_weaker):
+        return f"numbers the objects of {name}"
     if _is_part(one, other) and not _are_two_things(one, other) and not is_weaker:
         return f"labels only a part of what {name} labels"
     return ""
