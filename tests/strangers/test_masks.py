@@ -301,6 +301,29 @@ def test_no_data_is_ignored(tmp_path: Path, dtype: type, nodata: float) -> None:
     assert any("no data" in note for note in dataset.notes) == (nodata in (0, 9))
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ((-1, 0, 1, 2), "have negative values and are ignored"),
+        ((255, 1, 2, 3), "have the value 255 and are ignored"),
+        # Beside 0, everybody knows 255.
+        ((255, 0, 1, 2), ""),
+    ],
+)
+def test_ignored_values_that_may_be_the_background_are_mentioned(
+    tmp_path: Path, ids: tuple[int, ...], said: str
+) -> None:
+    for k in range(4):
+        pixels, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", pixels)
+        save(tmp_path / "masks" / f"{k}.tif", np.int16(ids)[label])
+    dataset = find_dataset(tmp_path)
+    assert len(dataset.classes) == 3
+    found = [note for note in dataset.notes if "are ignored" in note]
+    assert len(found) == bool(said)
+    assert all(said in note for note in found)
+
+
 def test_masks_of_half_the_size_are_enlarged_aloud(tmp_path: Path) -> None:
     dataset = decide(write_yards(tmp_path, lambda label, _: label[::2, ::2]))
     assert "2 times as wide and high" in dataset.notes[0]

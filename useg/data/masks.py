@@ -56,6 +56,8 @@ from useg.machine import in_parallel
 
 # An id this high among usual ones may not be a class.
 _MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
+# Ignored values of a smaller share of the pixels are hardly a class.
+_MIN_NOTED_SHARE = 0.05
 
 # Most values that a message lists.
 _MAX_LISTED = 8
@@ -373,13 +375,30 @@ def _decide_by_value(
             f"no label; if so, set ignore = [{', '.join(map(str, high))}] in dataset.toml, "
             "otherwise ignore this note"
         )
-    notes += [*_describe_shifted(masks), *_describe_states(masks)]
+    notes += [*_describe_ignored(masks, ids), *_describe_shifted(masks), *_describe_states(masks)]
     colors = _palette_colors(ids, masks)
     if len(values) == 2:
         table = ClassTable(TWO_CLASSES, colors, tuple(ids), ignored)
     else:
         table = ClassTable(tuple(map(name_value, ids)), colors, tuple(ids), ignored)
     return ClassDecision(table, notes=tuple(notes))
+
+
+def _describe_ignored(masks: Sequence[MaskContent], ids: Sequence[int]) -> Iterator[str]:
+    """Say that ignored values may be a class: negative ones, and 255 if no pixel has 0."""
+    codes = np.concatenate([mask.codes for mask in masks])
+    counts = np.concatenate([mask.counts for mask in masks])
+    may_be_background = 0 not in ids and IGNORE not in ids
+    for what, chosen in (
+        ("negative values", codes < 0),
+        ("the value 255", (codes == IGNORE) & may_be_background),
+    ):
+        share = counts[chosen].sum() / max(1, counts.sum())
+        if share >= _MIN_NOTED_SHARE:
+            yield (
+                f"{100 * share:.0f} % of the pixels have {what} and are ignored; if this is a "
+                "class, such as the background, give it another number, otherwise ignore this note"
+            )
 
 
 def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> ClassDecision:
