@@ -243,6 +243,16 @@ def test_predictions_are_no_truth_for_images_of_another_folder(tmp_path: Path) -
     assert any("test/5_predict.png" in note for note in dataset.notes)
 
 
+def test_predictions_are_no_truth_for_pictures_that_a_model_made(tmp_path: Path) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        for folder, pixels in (("images", image), ("masks", label)):
+            save(tmp_path / folder / f"{k}.png", pixels)
+        for folder, pixels in (("pred", label), ("vis", image // 2)):
+            save(tmp_path / "runs" / "1" / folder / f"{k}.png", pixels)
+    assert {pair.image.parent.name for pair in find_dataset(tmp_path).pairs} == {"images"}
+
+
 def test_lists_of_classes_in_another_order_are_refused(tmp_path: Path) -> None:
     for site, names in (("a", "sky\nhouse\nlawn\nball\n"), ("b", "sky\nlawn\nhouse\nball\n")):
         for k in range(4):

@@ -194,6 +194,17 @@ def test_cut_out_photographs_hold_the_truth_in_their_transparency(tmp_path: Path
     assert np.array_equal(read_label(dataset.pairs[1], dataset), yard(1)[1] == 1)
 
 
+@pytest.mark.parametrize("folder", ["nobg", "matting"])
+def test_cut_outs_that_keep_the_colours_below_are_masks(tmp_path: Path, folder: str) -> None:
+    for k in range(4):
+        pixels, label = yard(k)
+        save(tmp_path / "originals" / f"{k}.jpg", pixels)
+        save(tmp_path / folder / f"{k}.png", np.dstack([pixels, np.uint8(255) * (label == 3)]))
+    dataset = find_dataset(tmp_path)
+    assert [pair.mask.parent.name for pair in dataset.pairs] == [folder] * 4
+    assert (read_label(dataset.pairs[0], dataset) == (yard(0)[1] == 3)).all()
+
+
 def test_colours_of_a_published_data_set_name_the_classes(tmp_path: Path) -> None:
     colors = np.uint8([[0, 0, 0], [128, 64, 128], [107, 142, 35], [0, 0, 142]])
     dataset = find_dataset(write_yards(tmp_path, lambda label, _: colors[label]))

@@ -39,7 +39,17 @@ MASK_WORDS = frozenset(
         *("mask", "masks", "label", "labels", "labeled", "labelled", "lbl", "lab", "seg", "segm"),
         *("segmentation", "segmentations", "gt", "groundtruth", "truth", "annotation"),
         *("annotations", "annot", "annots", "anno", "annos", "ann", "anns", "target", "targets"),
-        *("trimap", "trimaps", "manual", "matte", "mattes", "cameraseg", "cameramask", "gtfine"),
+        *(
+            "trimap",
+            "trimaps",
+            "manual",
+            "matte",
+            "mattes",
+            "matting",
+            "cameraseg",
+            "cameramask",
+            "gtfine",
+        ),
         *("alpha", "alphas"),
         *("segmentationclass", "labeledapproved"),
     ]

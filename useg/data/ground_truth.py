@@ -24,7 +24,7 @@ from useg.data.dataset import pick_evenly
 from useg.data.file_names import MASK_WORDS, split_name
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
-from useg.images.files import read_image, read_mask
+from useg.images.files import read_image, read_mask, read_mask_and_alpha
 from useg.images.formats import STACK_SUFFIXES
 from useg.images.stacks import read_stack
 
@@ -157,6 +157,15 @@ def is_photograph(path: Path) -> bool | None:
     if strip.shape[1] < 2:
         return None
     return bool((strip[:, 1:] != strip[:, :-1]).any(axis=2).mean() > _NOISE)
+
+
+def has_transparent_part(path: Path) -> bool:
+    """Return whether the transparency of a file differs from pixel to pixel."""
+    try:
+        alpha = read_mask_and_alpha(path)[1]
+    except UsageError:
+        return False
+    return alpha is not None and bool(np.ptp(alpha))
 
 
 def _middle_page(path: Path) -> int | None:

@@ -33,6 +33,7 @@ from useg.data.ground_truth import (
     Candidate,
     OpenChoiceError,
     choose_truth,
+    has_transparent_part,
     is_photograph,
 )
 from useg.errors import UsageError
@@ -86,6 +87,17 @@ class NamedFiles:
                 self._photographs[name] = is_photograph(self.paths[name])
         kinds = {self._photographs[name] for name in chosen} - {None}
         return ("image" if kinds.pop() else "mask") if len(kinds) == 1 else "mixed"
+
+    def kinds_by_alpha(self, sides: Sequence[Sequence[str]]) -> list[str]:
+        """Return ``mask`` for photographs of which a part is transparent, if the others have none.
+
+        Programs that remove backgrounds write such files.
+        """
+        are_cut = [
+            all(has_transparent_part(self.paths[name]) for name in pick_evenly(side, _NUM_SAMPLED))
+            for side in sides
+        ]
+        return ["mask" if is_cut and not all(are_cut) else "image" for is_cut in are_cut]
 
     def is_series(self, names: Iterable[str]) -> bool:
         """Return whether most of the files beside these that fit one glob are these."""
@@ -173,6 +185,8 @@ def _orient(link: Link, files: NamedFiles) -> _OrientedLink | None:
         return None
     named = _complete_roles(words)
     roles = words if all(words) else [files.kind_by_pixels(side) for side in sides]
+    if roles == ["image", "image"]:
+        roles = files.kinds_by_alpha(sides)
     is_confirmed = set(roles) == {"image", "mask"} and named in (roles, [])
     if not is_confirmed:
         # The pixels of images may be as plain as those of masks.
@@ -197,14 +211,14 @@ def _complete_roles(words: Sequence[str]) -> list[str]:
 
 def _leave_out_predictions(links: Sequence[Link], files: NamedFiles) -> list[Link]:
     """Leave out the links to masks that are called predictions, if their images have no others."""
-    kept = [
-        link
-        for link in links
-        if not PREDICTION_WORDS
-        & files.constants(link.partners.values()) - files.constants(link.partners)
-    ]
+    kept = [link for link in links if not _leads_to_predictions(link, files)]
     images = {image for link in kept for image in link.partners}
     return [link for link in links if link in kept or images & set(link.partners)] or list(links)
+
+
+def _leads_to_predictions(link: Link, files: NamedFiles) -> bool:
+    images, masks = files.constants(link.partners), files.constants(link.partners.values())
+    return not PREDICTION_WORDS.isdisjoint(masks - images)
 
 
 @dataclass(frozen=True)
@@ -257,7 +271,13 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         kept = further if choice is main else {}
         yield ChosenPairs(choice, kept, others, tuple(notes), field_of_view)
         used |= images | others | {name for link in rivals for name in link.partners}
-        links = [rest for link in links if (rest := _without(link, used)) is not None]
+        # The pictures that a model made are no images of the data set.
+        links = [
+            rest
+            for link in links
+            if (rest := _without(link, used)) is not None
+            and _leads_to_predictions(link, files) <= _leads_to_predictions(main, files)
+        ]
 
 
 def _list_series(sets: Iterable[Iterable[str]], files: NamedFiles) -> set[str]:
