@@ -172,7 +172,7 @@ def test_official_test_images_are_never_trained_on(mode):
         ("", {}, "auto", "there are no images for training and validation; add images"),
         ("ab", {"a": "test", "b": "test"}, "auto", "all 2 images with masks are in the split test"),
         ("ab", {"a": "val", "b": "test"}, "auto", "are in the split test or val, so none is left"),
-        ("ab", {"a": "val", "b": "val"}, "auto", r"choose another split \(--set data.split=blocks"),
+        ("ab", {"a": "val", "b": "val"}, "auto", "images with masks, set data.split to blocks"),
         ("ab", {}, "official", r"'/data' has no official splits; choose another split, such as"),
         (
             "ab",

@@ -72,13 +72,16 @@ def test_nested_classes_as_grey_levels_stay_classes(tmp_path: Path) -> None:
     assert find_dataset(tmp_path).classes.values == (0, 85, 170, 255)
 
 
-@pytest.mark.parametrize("every", [2, 5])
-def test_class_folders_that_lack_some_images_are_asked_about(tmp_path: Path, every: int) -> None:
-    for k in range(10):
+@pytest.mark.parametrize(("every", "first"), [(2, 0), (5, 0), (2, 1)])
+def test_class_folders_that_lack_some_images_are_asked_about(
+    tmp_path: Path, every: int, first: int
+) -> None:
+    for k in range(12):
         image, label = yard(k)
         save(tmp_path / "images" / f"{k}.jpg", image)
         save(tmp_path / "masks" / "house" / f"{k}.png", (label == 1).astype(np.uint8) * 255)
-        if k % every == 0:
+        save(tmp_path / "masks" / "ball" / f"{k}.png", (label == 3).astype(np.uint8) * 255)
+        if k % every == first:
             save(tmp_path / "masks" / "lawn" / f"{k}.png", (label == 2).astype(np.uint8) * 255)
     with pytest.raises(DataError) as raised:
         find_dataset(tmp_path)
@@ -86,9 +89,9 @@ def test_class_folders_that_lack_some_images_are_asked_about(tmp_path: Path, eve
     assert "[masks]" in lines
     (tmp_path / "dataset.toml").write_text(lines)
     dataset = find_dataset(tmp_path)
-    assert set(dataset.classes.names) == {"background", "house", "lawn"}
-    label = read_label(dataset.pairs[0], dataset)
-    assert (label == dataset.classes.names.index("lawn")).sum() == (yard(0)[1] == 2).sum()
+    assert set(dataset.classes.names) == {"background", "house", "lawn", "ball"}
+    label = read_label(dataset.pairs[first], dataset)
+    assert (label == dataset.classes.names.index("lawn")).sum() == (yard(first)[1] == 2).sum()
 
 
 def write_cells(root: Path, are_kinds: bool) -> None:

@@ -312,6 +312,15 @@ def test_no_data_is_ignored(tmp_path: Path, dtype: type, nodata: float) -> None:
     assert any("no data" in note for note in dataset.notes) == (nodata in (0, 9))
 
 
+def test_ids_that_are_too_large_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    for k in range(3):
+        pixels, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", pixels)
+        save(tmp_path / "masks" / f"{k}.tif", np.uint32(100_003) * label)
+    with pytest.raises(DataError, match=r"value 300009, but ids of classes are at most 65535; if"):
+        find_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("ids", "said"),
     [

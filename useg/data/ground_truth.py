@@ -541,7 +541,8 @@ def are_class_masks(candidates: Sequence[Candidate]) -> bool:
     if len(candidates) < 2:
         return False
     counts = Counter(image for candidate in candidates for image in candidate.masks)
-    images = sorted(image for image, count in counts.items() if count > 1)
+    most = max(counts.values())
+    images = sorted(image for image, count in counts.items() if count == most > 1)
     mask_sets = [_sample_masks(each, pick_evenly(images, _NUM_SAMPLES)) for each in candidates]
     return bool(images) and _hardly_overlap(mask_sets)
 

@@ -368,6 +368,13 @@ def _decide_by_value(
         table = _table_of_frequent_values(masks)
         return ClassDecision(replace(table, ignore=ignored), _describe_too_many(masks, len(ids)))
     ids = ids or [0]
+    if ids[-1] >= 1 << 16:
+        path = next(mask.path for mask in masks if ids[-1] in mask.codes)
+        raise DataError(
+            f"mask '{path}' has the value {ids[-1]}, but ids of classes are at most 65535; if the "
+            "values number objects, write objects = true into dataset.toml, otherwise save the "
+            "masks with lower ids"
+        )
     high = [value for value in ids if value >= _MIN_HIGH_ID and value != IGNORE]
     if high and len(ids) > len(high) and max(set(ids) - set(high)) <= _MAX_USUAL_ID:
         notes.append(

@@ -247,7 +247,7 @@ def _describe_few(number: int, dataset: Dataset) -> str:
         return "there are no images for training and validation; add images with masks"
     splits = sorted({pair.split for pair in dataset.pairs})
     advice = (
-        ", choose another split (--set data.split=blocks, or groups, stratified or random)"
+        ", set data.split to blocks, groups, stratified or random"
         if len(dataset.of("val")) > 1
         else ""
     )
