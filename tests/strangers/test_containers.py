@@ -113,3 +113,21 @@ def test_nifti_volumes_become_stacks_of_slices(
     monkeypatch.setitem(sys.modules, "nibabel", SimpleNamespace(load=load))
     assert "pip install nibabel tifffile" in run_lines(tmp_path / "data", monkeypatch)
     check(tmp_path / "OUT", labels)
+
+
+def test_masks_of_single_objects_become_one_mask_for_each_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The names of Open Images.
+    folder, labels = tmp_path / "data", []
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        pixels, label = yard(k)
+        save(folder / "images" / f"{k:016x}.jpg", pixels)
+        for value, name in ((1, "Dog"), (2, "Person")):
+            mask = np.uint8(255) * (label == value)
+            save(folder / "masks" / f"{k:016x}_{name}_{rng.integers(1 << 32):08x}.png", mask)
+        labels.append(np.where(label == 3, 0, label))
+    assert "as masks of single objects have them" in run_lines(folder, monkeypatch)
+    check(tmp_path / "OUT", labels)
+    assert find_dataset(tmp_path / "OUT").classes.names == ("background", "Dog", "Person")

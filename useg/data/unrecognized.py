@@ -170,6 +170,36 @@ def _advise_containers(folder: Path, paths: Sequence[Path], suffix: str) -> str:
     )
 
 
+def _advise_object_masks(folder: Path, images: Sequence[Path]) -> str:
+    """Return lines of Python that join masks named IMAGE_CLASS_NUMBER; ``""`` for other names."""
+    stems = {path.stem: path for path in images if "_" not in path.stem}
+    masks = [path for path in images if path.stem.partition("_")[0] in stems.keys() - {path.stem}]
+    names = sorted({path.stem.split("_")[1] for path in masks})
+    has_all = len(stems) + len(masks) == len(images) and len(masks) >= _NUM_TRIED
+    if not has_all or 2 * len(names) > len(masks) or not all(map(str.isidentifier, names)):
+        return ""
+    first = stems[masks[0].stem.partition("_")[0]]
+    return (
+        f"The names of {format_count(len(masks), 'file')} such as '{masks[0]}' are those of an "
+        "image, a word and more, as masks of single objects have them. If the word is the class, "
+        "these lines of Python write one mask for each image to the folder OUT:\n"
+        "import numpy, pathlib, PIL.Image, shutil\n"
+        f"names, labels, folder = {names}, {{}}, pathlib.Path({str(folder)!r})\n"
+        f"images = {{path.stem: path for path in folder.rglob('*{first.suffix}')}}\n"
+        "for place in 'images', 'masks':\n"
+        "    pathlib.Path('OUT', place).mkdir(parents=True, exist_ok=True)\n"
+        "pathlib.Path('OUT', 'classes.txt').write_text('\\n'.join(['background', *names]))\n"
+        f"for path in folder.rglob('*_*{masks[0].suffix}'):\n"
+        "    image, name = path.stem.split('_')[:2]\n"
+        "    with PIL.Image.open(images[image]) as picture, PIL.Image.open(path) as part:\n"
+        "        mask = numpy.asarray(part.convert('L').resize(picture.size, 0)) > 0\n"
+        "    labels.setdefault(image, mask * numpy.uint8(0))[mask] = names.index(name) + 1\n"
+        "for image, label in labels.items():\n"
+        "    PIL.Image.fromarray(label).save(f'OUT/masks/{image}.png')\n"
+        "    shutil.copy(images[image], 'OUT/images')"
+    )
+
+
 def _find_mask_half(path: Path) -> int | None:
     """Return which half of a picture alone has plain areas, like a mask: 0 left, 1 right."""
     pixels = read_image(path)
@@ -239,6 +269,8 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
             read_size(path)
         except UsageError as error:
             return str(error)
+    if advice := _advise_object_masks(folder, images):
+        return advice
     halves = {_find_mask_half(path) for path in images[:_NUM_TRIED]}
     if len(images) >= _NUM_TRIED and halves in ({0}, {1}):
         return _advise_halves(folder, images, 0 if 0 in halves else 1)
