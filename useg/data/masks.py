@@ -58,6 +58,8 @@ from useg.machine import in_parallel
 _MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
 # Ignored values of a smaller share of the pixels are hardly a class.
 _MIN_NOTED_SHARE = 0.05
+# Values from here down, such as -9999, are never classes.
+_MAX_NO_DATA = -99
 
 # Most values that a message lists.
 _MAX_LISTED = 8
@@ -397,7 +399,7 @@ def _describe_ignored(masks: Sequence[MaskContent], ids: Sequence[int]) -> Itera
     counts = np.concatenate([mask.counts for mask in masks])
     may_be_background = 0 not in ids and IGNORE not in ids
     for what, chosen in (
-        ("negative values", codes < 0),
+        ("negative values", (codes < 0) & (codes > _MAX_NO_DATA)),
         ("the value 255", (codes == IGNORE) & may_be_background),
     ):
         share = counts[chosen].sum() / max(1, counts.sum())
