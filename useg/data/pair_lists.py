@@ -1,4 +1,4 @@
-"""Tables of paths, such as ``train.csv`` with ``image,mask`` -> pairs, where no names agree.
+"""Tables of paths, such as ``train.csv`` with ``image,mask`` -> pairs of images and masks.
 
 JSON lines are tables too: ``metadata.jsonl`` of Hugging Face, the manifests of SageMaker.
 """

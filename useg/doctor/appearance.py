@@ -1,4 +1,4 @@
-"""Find images in which the classes look different, or that lack a class that they show.
+"""Find images whose classes look different, and masks that lack a class that the image shows.
 
 A thumbnail's cells are counted by class, by band of rows and by level: brightness for negatives,
 tint for red and blue. Images whose cells are more likely after a change of the levels were probably

@@ -1,4 +1,4 @@
-"""What is known of a model on a split of a data set: scores, intervals, likely causes; as JSON."""
+"""The result of an evaluation: scores, intervals and likely causes of errors; also as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers -> the things of a made street as flat faces, without camera or weather.
+"""A generated street as flat faces in space, and its random numbers; no camera and no weather.
 
 The world is x to the right, y up, z ahead, in metres. A face is a corner, an edge to its right, an
 edge upwards and an outline in their coordinates. Faces are painted from back to front without a

@@ -1,4 +1,4 @@
-"""A training run while it trains: everything besides the training steps.
+"""What a run does after each training step: check, log, validate, save, and keep to its time.
 
 After each step the session checks the loss, logs, validates if that is due, keeps the best model,
 recounts the steps of a timed run, and saves. ``loop.py`` takes the steps.

@@ -1,4 +1,4 @@
-"""Images without masks of the place where a model will work -> their colours, if they matter.
+"""Images without masks of the place where a model will work -> colours for training crops.
 
 useg reads the colours of the images before a run starts, and refuses images that cannot come from
 such a place. Later it scores the model on held-out images twice: with their own colours, and with
