@@ -324,7 +324,7 @@ def test_ids_that_are_too_large_are_refused_with_what_to_do(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ((-1, 0, 1, 2), "have negative values and are ignored"),
+        ((-1, 0, 1, 2), "have negative values or NaN and are ignored"),
         ((255, 1, 2, 3), "have the value 255 and are ignored"),
         # Beside 0, everybody knows 255.
         ((255, 0, 1, 2), ""),

@@ -399,7 +399,7 @@ def _describe_ignored(masks: Sequence[MaskContent], ids: Sequence[int]) -> Itera
     counts = np.concatenate([mask.counts for mask in masks])
     may_be_background = 0 not in ids and IGNORE not in ids
     for what, chosen in (
-        ("negative values", (codes < 0) & (codes > _MAX_NO_DATA)),
+        ("negative values or NaN", (codes < 0) & (codes > _MAX_NO_DATA)),
         ("the value 255", (codes == IGNORE) & may_be_background),
     ):
         share = counts[chosen].sum() / max(1, counts.sum())
