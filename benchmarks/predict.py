@@ -8,10 +8,11 @@ files, or JPEG files of quality 90.
 
 Each part is measured as ``useg predict`` computes it: one thread per image, all cores busy. The
 bound is the speed of all parts together if nothing waited. The loop opens an image with Pillow,
-resizes it, runs PyTorch in fp32 with all cores, enlarges the logits, takes the largest and saves a
-PNG; it takes a quarter of the images. Both start with the model loaded. useg chooses its runtime as
-the command does, with an empty cache. The time of that, of the whole command and of the command for
-one image are stored too; Python finds useg's modules compiled, as after an installation.
+resizes it, standardises it if the model needs that, runs PyTorch in fp32 with all cores, enlarges
+the logits, takes the largest and saves a PNG; it takes a quarter of the images. Both start with the
+model loaded. useg chooses its runtime as the command does, with an empty cache. The time of that,
+of the whole command and of the command for one image are stored too; Python finds useg's modules
+compiled, as after an installation.
 ``--export`` names an exported form of the model, for example in 8 bits, with which useg predicts;
 the loop always runs the model itself.
 """
@@ -58,6 +59,7 @@ from useg.inference.predictor import Predictor, resize_logits
 from useg.inference.resampling import label_compiled, resize_compiled
 from useg.machine import in_parallel
 from useg.models import segmenter
+from useg.models.geometry import Image, standardize
 from useg.pictures import add_legend, overlay
 from useg.scenes.scene import make_scene
 
@@ -103,6 +105,11 @@ def seconds_of(part: Callable[[Any], Any], things: Iterable[Any]) -> tuple[float
     return statistics.median(times) / len(things), results
 
 
+def resize_in_c(image: Image, size: tuple[int, int]) -> Image:
+    """Resize an image as ``useg predict`` does where there is a C compiler."""
+    return resize_compiled(image, size, resize_image)
+
+
 def label_uncompiled(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.uint8]:
     """Enlarge logits and choose the classes where there is no C compiler."""
     return most_probable(resize_logits(torch.from_numpy(logits)[None], height, width)[0].numpy())
@@ -115,7 +122,7 @@ def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
     height, width = images[0].shape[:2]
     size = description.working.of(width, height)
     seconds["resize"], reduced = seconds_of(
-        lambda image: resize_compiled(image, size, resize_image), images
+        lambda image: description.working.prepare(image, size, resize_in_c), images
     )
     seconds["network"], logits = seconds_of(
         lambda pixels: tiles.predict_tiled(pixels, predictor.runtime.run, description.geometry, 0),
@@ -139,7 +146,8 @@ def simple_loop(model: segmenter.Segmenter, paths: list[Path], out: Path) -> Non
     for path in paths:
         image = PIL.Image.open(path).convert("RGB")
         small = image.resize(model.working.of(*image.size), PIL.Image.Resampling.BILINEAR)
-        x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+        pixels = standardize(np.array(small)) if model.working.standardize else np.array(small)
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         with torch.no_grad():
             logits = F.interpolate(
                 model(x), (image.height, image.width), mode="bilinear", align_corners=False
