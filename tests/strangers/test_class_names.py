@@ -153,6 +153,21 @@ def test_a_file_that_the_masks_do_not_fit_names_nothing(
     assert decide(tmp_path).classes.names == tuple(f"class {k}" for k in range(4))
 
 
+def test_names_alone_are_counted_from_1_where_masks_are_or_reported_as_unused(
+    tmp_path: Path,
+) -> None:
+    write_yards(tmp_path, lambda label: label + 1)
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    dataset = decide(tmp_path)
+    assert (dataset.classes.names, dataset.classes.values) == (tuple(NAMES), (1, 2, 3, 4))
+    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    dataset = decide(tmp_path)
+    assert dataset.classes.names == tuple(f"class {k}" for k in range(1, 5))
+    assert "'classes.txt' lists 2 classes and the masks have the values 1, 2, 3 and 4" in str(
+        dataset.notes
+    )
+
+
 def test_two_levels_get_the_names_of_ids_0_and_1(tmp_path: Path) -> None:
     write_yards(tmp_path, lambda label: (label == 1) * np.uint8(255))
     (tmp_path / "dataset.json").write_text('{"labels": {"ground": 0, "hut": 1}}')

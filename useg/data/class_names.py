@@ -553,10 +553,10 @@ def _fit_palette(
 
 
 def _fit_order(table: ClassTable, named: NamedClasses) -> list[int] | None:
-    """Return values in the order of a file: from 0 on, or from 1 on if 0 is background."""
+    """Return values in the order of a file: from 0 on, or from 1 on if its number is a value."""
     used, number = set(table.values), len(named.classes)
     if len(used) == 2 and number in (1, 2) and max(used) > 1:
         return sorted(used)[-number:]
-    first = 1 if max(used) == number and 0 in used else 0
+    first = 1 if max(used) == number else 0
     fits = len(used) > 1 and max(used) < first + number
     return list(range(first, first + number)) if fits else None

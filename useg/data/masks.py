@@ -185,8 +185,20 @@ def decide_classes(
         return _ignore_unlabelled(replace(decision, table=table, notes=(*decision.notes, note)))
     if decision.table.by_color:
         return _name_known_colors(decision)
-    hint = describe_ids(decision.table.values)
-    return replace(decision, notes=(*decision.notes, *filter(None, (hint,))))
+    hints = describe_ids(decision.table.values), _describe_unused(listed, decision.table)
+    return replace(decision, notes=(*decision.notes, *filter(None, hints)))
+
+
+def _describe_unused(listed: Sequence[NamedClasses], table: ClassTable) -> str:
+    """Say that a file that lists names alone does not fit the masks; ``""`` if there is none."""
+    for named in listed:
+        if len(named.classes) > 1 and not named.has_ids and not named.has_colors:
+            return (
+                f"'{named.file.name}' lists {len(named.classes)} classes and the masks have the "
+                f"values {_join(table.values)}, so its names were not used; name the "
+                "classes in a classes.toml"
+            )
+    return ""
 
 
 def _describe_naming(table: ClassTable, named: NamedClasses) -> str:
