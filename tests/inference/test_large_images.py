@@ -29,6 +29,16 @@ from useg.models.geometry import WorkingSize
 
 RNG = np.random.default_rng(0)
 
+# A GeoTIFF with tiles, as rasterio writes it, without its height and width.
+TILED_RGB = {
+    "driver": "GTiff",
+    "count": 3,
+    "dtype": "uint8",
+    "tiled": True,
+    "blockxsize": 64,
+    "blockysize": 64,
+}
+
 
 @settings(
     max_examples=40,
@@ -217,16 +227,7 @@ def test_the_label_map_lies_over_the_image(tmp_path):
         )
     ):
         path, target = tmp_path / f"{number}.tif", tmp_path / f"{number}_labels.tif"
-        options = {
-            "driver": "GTiff",
-            "height": 150,
-            "width": 200,
-            "count": 3,
-            "dtype": "uint8",
-            "tiled": True,
-            "blockxsize": 64,
-            "blockysize": 64,
-        }
+        options = {**TILED_RGB, "height": 150, "width": 200}
         with rasterio.open(
             path, "w", **options, nodata=0, compress="deflate", photometric="rgb", **place
         ) as file:
@@ -249,16 +250,7 @@ def test_the_label_map_lies_over_the_image(tmp_path):
 def test_overviews_of_the_picture_itself_are_no_pages(tmp_path):
     rasterio = pytest.importorskip("rasterio")
     image = textured_image(300, 200)
-    options = {
-        "driver": "GTiff",
-        "height": 300,
-        "width": 200,
-        "count": 3,
-        "dtype": "uint8",
-        "tiled": True,
-        "blockxsize": 64,
-        "blockysize": 64,
-    }
+    options = {**TILED_RGB, "height": 300, "width": 200}
     with rasterio.open(
         tmp_path / "a.tif",
         "w",
