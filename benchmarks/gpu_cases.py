@@ -148,7 +148,7 @@ def make_data(options: Options, size: tuple[int, int], count: int, grey: bool = 
 
 
 def write_scene(folder: Path, size: tuple[int, int], grey: bool, seed: int) -> None:
-    from useg.scenes.scene import make_scene
+    from useg.scenes.generate import make_scene
 
     sample = make_scene(seed, size)
     image = Image.fromarray(sample.image)

@@ -43,7 +43,7 @@ from phases import StackSampler
 from useg.api import train
 from useg.config import read_provenance
 from useg.device import GraphedFunction, allow_compiling, graph_on_gpu
-from useg.inference.files import predict
+from useg.inference.predict_files import predict
 from useg.inference.runtimes import gpu_function, torch_function
 from useg.models.segmenter import Segmenter
 from useg.scoring.losses import make_loss

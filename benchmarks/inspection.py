@@ -26,9 +26,9 @@ from useg.data.dataset import Dataset
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.doctor.survey import defer_classes, survey_dataset
-from useg.images.files import read_image, read_mask
+from useg.images.image_files import read_image, read_mask
 from useg.machine import describe_machine, in_parallel
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 # The other scenes are copies of these.
 NUM_MADE_SCENES = 10

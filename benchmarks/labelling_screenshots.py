@@ -20,7 +20,7 @@ from labelling_annotator import Annotator
 from PIL import Image
 from record import ROOT
 
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 sys.path.append(str(ROOT / "tests"))
 from chromium import browsing

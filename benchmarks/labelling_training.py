@@ -29,7 +29,7 @@ from useg.data.splits import assign_splits
 from useg.inference.predictor import load
 from useg.labelling import round_process
 from useg.labelling.folder import LabelFolder
-from useg.labelling.masks import find_paths
+from useg.labelling.mask_files import find_paths
 from useg.labelling.rounds import Rounds
 from useg.labelling.session import SCORED_NAME, SCORED_SHARE
 from useg.scoring.metrics import class_ious, confusion, mean_present, tally

@@ -44,11 +44,11 @@ from useg.inference.predictor import Predictor, load
 from useg.machine import describe_machine
 from useg.objects import separation, table
 from useg.objects.separation import ObjectIds
-from useg.pictures import side_by_side
 from useg.reporting.evaluate import Extras, evaluate_dataset
 from useg.scoring.losses import Loss
 from useg.training import trainer
 from useg.training.loop import fit
+from useg.visualization import side_by_side
 
 MADE, BORDERS = "made", "border weights"
 LEFT_OUT = 5

@@ -44,7 +44,7 @@ from record import ROOT, record
 from torch.nn import functional as F
 
 from useg.classes import most_probable
-from useg.images.files import (
+from useg.images.image_files import (
     encode_label,
     encode_picture,
     read_image,
@@ -53,15 +53,15 @@ from useg.images.files import (
     write_picture,
 )
 from useg.inference import tiles
-from useg.inference.files import predict
 from useg.inference.outputs import OutputOptions
+from useg.inference.predict_files import predict
 from useg.inference.predictor import Predictor, resize_logits
 from useg.inference.resampling import label_compiled, resize_compiled
 from useg.machine import in_parallel
 from useg.models import segmenter
 from useg.models.geometry import Image, standardize
-from useg.pictures import add_legend, overlay
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
+from useg.visualization import add_legend, overlay
 
 FRAMES = ROOT.parent / "shared" / "data" / "carla_800x600" / "CameraRGB"
 # The parts are measured on so many images, for at least so many seconds each.

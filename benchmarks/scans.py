@@ -43,7 +43,7 @@ from useg.inference.predictor import Predictor
 from useg.machine import describe_machine
 from useg.models.segmenter import Segmenter, describe_model
 from useg.objects.table import map_path, read_object_rows, table_path
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 TILE, CROP = 512, 1024
 OBJECT_SIDES = (2500, 20000)

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from record import record
 
-from useg.images.files import decode_image, encode_label
-from useg.inference.files import find_images
+from useg.images.image_files import decode_image, encode_label
+from useg.inference.predict_files import find_images
 from useg.inference.predictor import Predictor
 from useg.machine import describe_machine, in_parallel
 

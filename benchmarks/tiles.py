@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from record import record
 
-from useg.images.files import read_image
+from useg.images.image_files import read_image
 from useg.inference import runtimes, tiles
-from useg.inference.files import find_images
+from useg.inference.predict_files import find_images
 from useg.inference.runtimes import bytes_per_pixel
 from useg.inference.tiles import find_sufficient_overlap, measure_overlaps
 from useg.machine import describe_machine

@@ -31,7 +31,7 @@ from record import record
 from useg.classes import Label
 from useg.data.dataset import Dataset, read_sample
 from useg.data.layouts import find_dataset
-from useg.images.files import Image, read_image
+from useg.images.image_files import Image, read_image
 from useg.inference.predictor import Predictor
 from useg.inference.video import Frame, label_frames, label_video
 from useg.reporting.report import open_evaluation_data

@@ -66,8 +66,8 @@ from torch.nn import functional as F
 
 import useg
 from useg.classes import CARLA, IGNORE
-from useg.pictures import add_legend, draw_difference, overlay, paint_label
-from useg.scenes.scene import make_scene, write_scenes
+from useg.scenes.generate import make_scene, write_scenes
+from useg.visualization import add_legend, draw_difference, overlay, paint_label
 
 os.environ.setdefault("USEG_CACHE", "off")  # keep no decoded images on disk
 DATA = os.environ.get("USEG_TUTORIAL_DATA")  # or a folder; None: generated scenes
@@ -1429,7 +1429,7 @@ print(f"a street that is not in training:     {other_street:.2f}")
 # What does this model score on the folder that we are about to use?
 
 # %%
-from useg.images.files import Sample, resize_image, resize_label
+from useg.images.image_files import Sample, resize_image, resize_label
 
 frames = [read_sample(pair, dataset) for pair in dataset.pairs]
 frames = [

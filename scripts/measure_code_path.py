@@ -116,7 +116,7 @@ def measure_training(folder: Path) -> CodePath:
     The doctor's survey of the data, which `force` leaves out, is not part of it.
     """
     from useg import api
-    from useg.scenes.scene import write_scenes
+    from useg.scenes.generate import write_scenes
     from useg.training import session
 
     write_scenes(folder / "scenes", MADE_SCENES, (96, 64))
@@ -141,7 +141,7 @@ def measure_training(folder: Path) -> CodePath:
 
 def measure_prediction(folder: Path) -> CodePath:
     """Label images with the model that :func:`measure_training` has made."""
-    from useg.inference.files import predict
+    from useg.inference.predict_files import predict
 
     tracer = Tracer()
     tracer.start()

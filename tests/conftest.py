@@ -56,5 +56,5 @@ def pytest_collection() -> Generator[None, object, object]:
 def blank_charts() -> Iterator[None]:
     """For tests of runs to which only matters that their charts are written."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("useg.pictures._render", render_nothing)
+        patch.setattr("useg.visualization._render", render_nothing)
         yield

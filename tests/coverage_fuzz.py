@@ -17,7 +17,7 @@ import atheris
 
 with atheris.instrument_imports(include=["useg.images", "tifffile", "PIL"]):
     importlib.import_module("tifffile")
-    from useg.images import decode, files, formats
+    from useg.images import decode, formats, image_files
 
 from mutations import mend_checksums
 
@@ -25,7 +25,7 @@ from useg.errors import UsageError
 
 
 def _decoded(content: bytes) -> Any:
-    return files.decode_image(content, page=0)
+    return image_files.decode_image(content, page=0)
 
 
 def _size(content: bytes) -> Any:

@@ -21,7 +21,7 @@ import torch
 from blank_charts import render_nothing
 from slow_disk import write_slowly
 
-from useg import pictures
+from useg import visualization
 from useg.cli import main
 from useg.training import checkpoint
 
@@ -70,7 +70,7 @@ if __name__ == "__main__":
         importlib.import_module(name)
     torch.set_num_threads(1)
     checkpoint.MIN_SAVE_INTERVAL_SECONDS, checkpoint.MAX_SAVE_SHARE = 0.0, 1e9
-    pictures._render = render_nothing
+    visualization._render = render_nothing
     for line in sys.stdin:
         pid = os.fork()
         if not pid:

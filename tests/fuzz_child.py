@@ -26,7 +26,7 @@ import numpy as np
 from mutations import MUTATIONS, mutated, mutated_zarr, seeds
 
 from useg.errors import UsageError
-from useg.images import files
+from useg.images import image_files
 from useg.images.ome_zarr import open_zarr
 from useg.images.stacks import read_stack
 
@@ -43,9 +43,9 @@ def read_all(path: Path, turn: int) -> bool:
     """Read a file's picture and, in turn, something else; all but a clear error or a sound answer
     is an exception.
     """
-    image = _answer(files.read_image, path)
+    image = _answer(image_files.read_image, path)
     if image is not None:
-        size = files.read_size(path)
+        size = image_files.read_size(path)
         assert image.dtype in (np.uint8, np.uint16, np.float32), image.dtype
         assert (image.shape[1], image.shape[0]) == size, (image.shape, size)
     _answer(OTHERS[turn % len(OTHERS)], path)
@@ -60,19 +60,19 @@ def _answer(reader: Callable[[Path], Any], path: Path) -> Any:
 
 
 def _upload(path: Path) -> Any:
-    return files.decode_image(path.read_bytes())
+    return image_files.decode_image(path.read_bytes())
 
 
 def _first_page(path: Path) -> Any:
-    return files.read_image(path, page=0)
+    return image_files.read_image(path, page=0)
 
 
 OTHERS = (
-    files.read_size,
-    files.read_mask,
-    files.read_palette,
+    image_files.read_size,
+    image_files.read_mask,
+    image_files.read_palette,
     read_stack,
-    files.read_colors,
+    image_files.read_colors,
     _upload,
     _first_page,
 )

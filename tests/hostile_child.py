@@ -28,7 +28,7 @@ import tifffile
 from mutations import seeds
 
 from useg.errors import UsageError
-from useg.images import files
+from useg.images import image_files
 from useg.images.stacks import read_stack
 
 CASE = Path(tempfile.mkdtemp()) / "case"
@@ -36,10 +36,10 @@ SECONDS, ADDRESS_SPACE = 20, 12 << 30
 
 
 def of_useg(path: Path) -> Any:
-    results = [str(files.read_size(path, page)) for page in (0,)]
+    results = [str(image_files.read_size(path, page)) for page in (0,)]
     read_stack(path)
-    files.read_palette(path)
-    return results, files.decode_image(path.read_bytes(), page=0).shape
+    image_files.read_palette(path)
+    return results, image_files.decode_image(path.read_bytes(), page=0).shape
 
 
 def of_tifffile(path: Path) -> Any:
@@ -54,7 +54,7 @@ def of_pillow(path: Path) -> Any:
 
 
 def of_believed_size(path: Path) -> Any:
-    width, height = files.read_size(path)
+    width, height = image_files.read_size(path)
     return np.ones((height, width, 3), np.uint8).shape
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     # Loads what is imported late, before memory is measured.
     for content in seeds().values():
         with contextlib.suppress(UsageError):
-            files.decode_image(content, page=0)
+            image_files.decode_image(content, page=0)
     PIL.Image.init()
     tifffile.TiffFile(io.BytesIO(seeds()["ome.tif"])).series  # noqa: B018
     for line in sys.stdin:

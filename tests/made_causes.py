@@ -13,15 +13,15 @@ from PIL import Image
 
 from useg.classes import CARLA
 from useg.data.dataset import Dataset, Pair
-from useg.images.files import Sample, resize_image
+from useg.images.image_files import Sample, resize_image
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import Runtime
 from useg.models.geometry import WorkingSize
 from useg.reporting.causes import find_causes
 from useg.reporting.error_analysis import dilate_mask
 from useg.reporting.evaluate import evaluate_dataset
-from useg.reporting.evaluation import Cause
-from useg.scenes.scene import make_scene
+from useg.reporting.evaluation_result import Cause
+from useg.scenes.generate import make_scene
 from useg.scoring.regions import components
 
 NUM_TRAIN, NUM_VAL = 24, 12

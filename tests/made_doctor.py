@@ -20,7 +20,7 @@ from useg.doctor.fix import write_clean_copy
 from useg.doctor.measure import Finding
 from useg.doctor.survey import Survey, defer_classes, survey_dataset
 from useg.reporting.inspection import inspect_dataset
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 SIZE = (128, 96)
 NUM_PAIRS = 22

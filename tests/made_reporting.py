@@ -13,8 +13,8 @@ import numpy as np
 
 from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair
-from useg.images.files import Sample
-from useg.reporting.evaluation import Cause, Evaluation, ImageScore
+from useg.images.image_files import Sample
+from useg.reporting.evaluation_result import Cause, Evaluation, ImageScore
 from useg.reporting.html import make_thumbnail
 from useg.reporting.text import Command, GalleryImage, Report
 from useg.scoring.boundaries import boundary_counts, score_boundaries

@@ -16,7 +16,7 @@ from useg.config import Settings
 from useg.data.dataset import Dataset, Pair
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.images.files import write_label, write_picture
+from useg.images.image_files import write_label, write_picture
 from useg.training import loop, trainer
 from useg.training.checkpoint import StopRequest
 

@@ -1,4 +1,4 @@
-"""Run and kill ``useg predict`` for inference/test_files.py.
+"""Run and kill ``useg predict`` for inference/test_predict_files.py.
 
 Every run is forked from this process, because importing torch again takes seconds.
 

@@ -21,8 +21,8 @@ import useg
 from useg.classes import CARLA
 from useg.cli import main
 from useg.errors import MachineError
-from useg.images.files import read_image, read_size
-from useg.scenes.scene import write_scenes
+from useg.images.image_files import read_image, read_size
+from useg.scenes.generate import write_scenes
 
 QUICK = ["--set", "model.width=4", "--set", "model.depth=2", "--set", "data.size=64x48"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from useg import distributed
-from useg.scenes.scene import write_scenes
+from useg.scenes.generate import write_scenes
 
 QUICK = {
     "train.precision": "fp32",

@@ -25,9 +25,8 @@ from PIL import Image
 from useg import api
 from useg.cli import app, main
 from useg.files import LOCK_NAME, is_draft
-from useg.images import files as image_files
-from useg.inference import exported
-from useg.inference import files as inference_files
+from useg.images import image_files
+from useg.inference import exported, predict_files
 from useg.labelling.app import LabelServer
 from useg.ownership import is_own_json
 from useg.serving import export, site
@@ -347,7 +346,7 @@ def plain_save(path: Path, is_own: object) -> Iterator[Path]:
 
 @pytest.mark.parametrize("out", ["set/masks", "names"])
 def test_a_plain_save_is_found(out: str, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_files, "refuse_foreign_files", lambda targets: None)
+    monkeypatch.setattr(predict_files, "refuse_foreign_files", lambda targets: None)
     line = ["predict", "model.safetensors", "set/images", "--out", out, "--quiet"]
     before = snapshot(tree)
     assert changed_files(tree, before, line) == [], "what puts files in place refuses them too"

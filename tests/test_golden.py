@@ -626,7 +626,7 @@ def test_networks_have_the_same_layers() -> None:
 def test_plans_splits_and_class_tables_are_the_same(
     data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("useg.pictures._render", render_nothing)
+    monkeypatch.setattr("useg.visualization._render", render_nothing)
     found: dict[str, Any] = {}
     given: dict[str, dict[str, Any]] = {
         "scenes": {},

@@ -33,7 +33,7 @@ ROOMS = (
     "config",
     "device",
     "distributed",
-    "pictures",
+    "visualization",
     "console",
     "images",
     "models",
@@ -116,7 +116,7 @@ def imported_at_once(module: str) -> set[str]:
 
 
 def test_prediction_imports_nothing_of_training() -> None:
-    loaded = imported_at_once("inference/files.py")
+    loaded = imported_at_once("inference/predict_files.py")
     assert "inference/tiles.py" in loaded
     assert not {m for m in loaded if m.startswith("training/") or m == "data/cache.py"}
     assert "training/loop.py" in imported_at_once("api.py")

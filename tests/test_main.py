@@ -13,7 +13,7 @@ import pytest
 from made_serving import save_run
 from waiting import eventually
 
-from useg.scenes.scene import write_scenes
+from useg.scenes.generate import write_scenes
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 

@@ -14,7 +14,7 @@ from PIL import Image
 from useg import ownership
 from useg.classes import CARLA
 from useg.errors import DataError
-from useg.images.files import write_label, write_picture
+from useg.images.image_files import write_label, write_picture
 from useg.inference.exported import is_own_weights
 from useg.training.checkpoint import RUN_FILES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import run
 
-from useg.scenes.scene import write_scenes
+from useg.scenes.generate import write_scenes
 
 
 @pytest.fixture(scope="module")

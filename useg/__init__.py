@@ -28,11 +28,11 @@ if TYPE_CHECKING:
         SettingsError,
         UsageError,
     )
-    from useg.images.files import Sample
+    from useg.images.image_files import Sample
     from useg.inference.adapt import Adaptation, adapt
     from useg.inference.bench import bench
-    from useg.inference.files import Outcome, predict
     from useg.inference.outputs import OutputOptions
+    from useg.inference.predict_files import Outcome, predict
     from useg.inference.predictor import Predictor, load
     from useg.inference.video import predict_video
     from useg.models.describe import describe
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from useg.models.unet import UNet
     from useg.objects.table import FoundObjects
     from useg.reporting.evaluate import Extras
-    from useg.reporting.evaluation import Comparison, Evaluation
+    from useg.reporting.evaluation_result import Comparison, Evaluation
     from useg.reporting.report import compare, evaluate
     from useg.serving.export import export
     from useg.training.loop import Run
@@ -52,22 +52,22 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Adaptation": "useg.inference.adapt",
     "ClassTable": "useg.classes",
-    "Comparison": "useg.reporting.evaluation",
+    "Comparison": "useg.reporting.evaluation_result",
     "CrossValidation": "useg.cross_validation",
     "DataError": "useg.errors",
     "Dataset": "useg.data.dataset",
-    "Evaluation": "useg.reporting.evaluation",
+    "Evaluation": "useg.reporting.evaluation_result",
     "Extras": "useg.reporting.evaluate",
     "FoundObjects": "useg.objects.table",
     "MachineError": "useg.errors",
     "MissingPackageError": "useg.errors",
     "ModelError": "useg.errors",
-    "Outcome": "useg.inference.files",
+    "Outcome": "useg.inference.predict_files",
     "OutputOptions": "useg.inference.outputs",
     "Pair": "useg.data.dataset",
     "Predictor": "useg.inference.predictor",
     "Run": "useg.training.loop",
-    "Sample": "useg.images.files",
+    "Sample": "useg.images.image_files",
     "Segmenter": "useg.models.segmenter",
     "SettingsError": "useg.errors",
     "UNet": "useg.models.unet",
@@ -81,7 +81,7 @@ _PUBLIC = {
     "export": "useg.serving.export",
     "load": "useg.inference.predictor",
     "open_dataset": "useg.data.splits",
-    "predict": "useg.inference.files",
+    "predict": "useg.inference.predict_files",
     "predict_video": "useg.inference.video",
     "read_objects": "useg.data.dataset",
     "read_sample": "useg.data.dataset",

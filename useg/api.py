@@ -27,8 +27,8 @@ from useg.device import CPU
 from useg.doctor.survey import refuse_faulty
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import LOCK_NAME, clear_drafts, locked_folder, make_folder, write_json
-from useg.images.files import resize_image, write_picture
-from useg.inference.files import predict
+from useg.images.image_files import resize_image, write_picture
+from useg.inference.predict_files import predict
 from useg.inference.predictor import Predictor, load
 from useg.inference.runtimes import runtime_of_model
 from useg.machine import describe_machine, measure_seconds
@@ -41,7 +41,6 @@ from useg.ownership import (
     png_mark,
     read_ends,
 )
-from useg.pictures import add_legend, paint_label, side_by_side
 from useg.reporting.causes import add_causes
 from useg.reporting.evaluate import (
     MAX_TEMPERATURE_IMAGES,
@@ -51,17 +50,18 @@ from useg.reporting.evaluate import (
     count_image,
     evaluate_dataset,
 )
-from useg.reporting.evaluation import Evaluation
+from useg.reporting.evaluation_result import Evaluation
 from useg.reporting.html import collect_thumbnails
 from useg.reporting.inspection import inspect_dataset
 from useg.reporting.report import command_lines, publish_report, run_facts
 from useg.reporting.text import Report
-from useg.scenes.scene import write_scenes
+from useg.scenes.generate import write_scenes
 from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, run_folder, strip_checkpoint
 from useg.training.loop import Run, fit
 from useg.training.threads import restored_threads
 from useg.training.trainer import Progress, SilentProgress
 from useg.training.warm_start import adopt_settings, refuse_changed_start
+from useg.visualization import add_legend, paint_label, side_by_side
 
 DEMO_SIZE = (128, 96)
 DEMO_SCENES = {"train": 800, "test": 100}

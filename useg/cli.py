@@ -108,7 +108,7 @@ def scenes_command(
 ) -> None:
     """Generate street scenes with exact masks, in the layout of CARLA."""
     from useg.config import parse_size
-    from useg.scenes.scene import write_scenes
+    from useg.scenes.generate import write_scenes
 
     write_scenes(out, count, parse_size(size), seed)
     show(out)
@@ -145,7 +145,7 @@ def inspect_command(
 ) -> None:
     """Show the content of a data set and its problems; exit status 1 if there are errors."""
     from useg.config import Settings, parse_assignments
-    from useg.labelling.masks import suggest_label_command
+    from useg.labelling.mask_files import suggest_label_command
     from useg.reporting.inspection import inspect_dataset
 
     if drop_doubtful and not fix:

@@ -230,7 +230,7 @@ class _Job:
 
         These are the shards of a job, and the tiles of images larger than memory.
         """
-        from useg.inference.files import is_larger_than_memory
+        from useg.inference.predict_files import is_larger_than_memory
 
         if self.runtime is not None:
             return self.runtime
@@ -285,7 +285,7 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
     lines = []
     failed: list[tuple[str, str]] = []
     if images:
-        from useg.inference.files import find_sources, find_stack, plan_outputs, predict
+        from useg.inference.predict_files import find_sources, find_stack, plan_outputs, predict
 
         found = find_sources(images)
         if videos:
@@ -382,7 +382,7 @@ def _label_videos(
 
 
 def _rank(job: _Job, reporter: Reporter) -> _Result:
-    from useg.inference.files import find_sources
+    from useg.inference.predict_files import find_sources
     from useg.inference.predictor import load
     from useg.inference.ranking import write_ranking
 

@@ -10,7 +10,7 @@ from useg.data.file_names import role_of_words
 from useg.data.layouts import find_dataset
 from useg.data.roles import NamedFiles, choose_pairs, links_to_masks
 from useg.errors import DataError
-from useg.images.files import list_image_files
+from useg.images.image_files import list_image_files
 
 pytestmark = pytest.mark.wheel
 

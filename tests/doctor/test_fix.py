@@ -32,7 +32,7 @@ from useg.doctor import fix
 from useg.errors import UsageError
 from useg.files import comparable_name
 from useg.reporting.inspection import inspect_dataset
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 
 def test_log_names_every_change_and_what_is_not_repaired(

@@ -31,7 +31,7 @@ from useg.classes import write_classes
 from useg.data import duplicates
 from useg.doctor import leaks
 from useg.doctor.survey import Survey
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 
 def crop_to_validation(root: Path) -> Planted:

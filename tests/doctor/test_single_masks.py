@@ -21,7 +21,7 @@ from made_doctor import (
     shift_one_mask,
 )
 
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 
 def mirror_mask(root: Path) -> Planted:

@@ -17,7 +17,7 @@ import pytest
 from mutations import seeds
 
 from useg.errors import UsageError
-from useg.images import files
+from useg.images import image_files
 
 FUZZER = Path(__file__).parents[1] / "coverage_fuzz.py"
 CORPUS = Path(__file__).parent / "corpus"
@@ -30,7 +30,7 @@ def test_what_the_fuzzer_found_is_read_or_refused() -> None:
     readable = 0
     for path in found:
         try:
-            readable += files.decode_image(path.read_bytes(), path.name, page=0).size > 0
+            readable += image_files.decode_image(path.read_bytes(), path.name, page=0).size > 0
         except UsageError:
             continue
     assert 0 < readable < len(found)

@@ -17,7 +17,7 @@ import pytest
 from handmade import GREY, RGB, chunk, declaring, png
 
 from useg.errors import UsageError
-from useg.images import files, formats
+from useg.images import formats, image_files
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 
@@ -33,7 +33,7 @@ def refused(content: bytes, sentence: str) -> None:
     tracemalloc.start()
     started = time.process_time()
     with pytest.raises(UsageError, match=sentence):
-        files.decode_image(content, "a.png")
+        image_files.decode_image(content, "a.png")
     assert time.process_time() - started < 5
     assert tracemalloc.get_traced_memory()[1] < len(content) + 2_000_000
     tracemalloc.stop()
@@ -48,8 +48,8 @@ def test_a_small_png_that_declares_400_megapixels_is_refused_before_decoding(tmp
         r"bytes are read; cut it into smaller images",
     )
     (tmp_path / "bomb.png").write_bytes(bomb)
-    assert files.read_size(tmp_path / "bomb.png") == (20_000, 20_000), "from its header"
-    assert files.read_palette(tmp_path / "bomb.png") is None
+    assert image_files.read_size(tmp_path / "bomb.png") == (20_000, 20_000), "from its header"
+    assert image_files.read_palette(tmp_path / "bomb.png") is None
 
 
 def test_a_png_that_cannot_hold_its_pixels_is_refused_below_the_limit_too():
@@ -58,7 +58,9 @@ def test_a_png_that_cannot_hold_its_pixels_is_refused_below_the_limit_too():
         declaring(honest, 17_000, 17_000),
         "it declares 289,000,000 bytes of pixels, more than its .* bytes can hold",
     )
-    assert files.decode_image(honest).shape == (600, 3000, 1), "zeros are as small as they get"
+    assert image_files.decode_image(honest).shape == (600, 3000, 1), (
+        "zeros are as small as they get"
+    )
 
 
 def test_a_jpeg_that_cannot_hold_its_pixels_is_refused():
@@ -68,19 +70,19 @@ def test_a_jpeg_that_cannot_hold_its_pixels_is_refused():
     refused(bytes(content), "it declares 289,000,000 bytes of pixels, more than its")
     flat = io.BytesIO()
     PIL.Image.new("L", (4000, 4000)).save(flat, "JPEG", quality=1, optimize=True, progressive=True)
-    assert files.decode_image(flat.getvalue()).shape == (4000, 4000, 1), (
+    assert image_files.decode_image(flat.getvalue()).shape == (4000, 4000, 1), (
         "flat grey is as small as they get"
     )
 
 
 def test_the_limit_is_in_pixels_and_in_bytes():
     content = png(PICTURE, RGB)
-    assert files.decode_image(content, max_pixels=35).shape == (5, 7, 3)
+    assert image_files.decode_image(content, max_pixels=35).shape == (5, 7, 3)
     with pytest.raises(
         UsageError,
         match="declares 7x5 pixels of 3 bytes, but at most 34 pixels of 16 bytes are read",
     ):
-        files.decode_image(content, max_pixels=34)
+        image_files.decode_image(content, max_pixels=34)
 
 
 def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
@@ -93,12 +95,12 @@ def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
             "environment variable USEG_MAX"
         ),
     ):
-        files.decode_image(content)
-    assert files.decode_image(content, max_pixels=35).shape == (5, 7, 3), (
+        image_files.decode_image(content)
+    assert image_files.decode_image(content, max_pixels=35).shape == (5, 7, 3), (
         "what a call says goes first"
     )
     monkeypatch.setenv("USEG_MAX_PIXELS", "1_000")
-    assert files.decode_image(content).shape == (5, 7, 3)
+    assert image_files.decode_image(content).shape == (5, 7, 3)
     for wrong in ("many", "-5", "0", "1e6", "_"):
         monkeypatch.setenv("USEG_MAX_PIXELS", wrong)
         with pytest.raises(
@@ -108,9 +110,9 @@ def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
                 "pixels; set a whole number above 0"
             ),
         ):
-            files.decode_image(content)
+            image_files.decode_image(content)
     monkeypatch.setenv("USEG_MAX_PIXELS", "")
-    assert files.decode_image(content).shape == (5, 7, 3)
+    assert image_files.decode_image(content).shape == (5, 7, 3)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_fifty_megabytes_of_text_in_a_png_are_never_unpacked(block):
     content = png(PICTURE, RGB, chunks=(block,))
     tracemalloc.start()
     with contextlib.suppress(UsageError):
-        assert np.array_equal(files.decode_image(content), PICTURE)
+        assert np.array_equal(image_files.decode_image(content), PICTURE)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
 
@@ -144,7 +146,7 @@ def test_of_thousands_of_frames_one_is_decoded(form):
     )
     times = [time.process_time()]
     for _ in range(3):
-        image = files.decode_image(target.getvalue())
+        image = image_files.decode_image(target.getvalue())
         times.append(time.process_time())
     assert (image == 7).all()
     with PIL.Image.open(target) as opened:
@@ -163,7 +165,7 @@ def test_a_webp_of_a_few_bytes_obeys_the_limit():
     with pytest.raises(
         UsageError, match="declares 16000x200 pixels of 3 bytes, but at most 1,000,000 pixels"
     ):
-        files.decode_image(bytes(content), max_pixels=1_000_000)
+        image_files.decode_image(bytes(content), max_pixels=1_000_000)
 
 
 def test_reading_a_palette_does_not_decode_pixels(tmp_path):
@@ -171,7 +173,7 @@ def test_reading_a_palette_does_not_decode_pixels(tmp_path):
     picture.putpalette(bytes(range(256)) * 3)
     for name in ("a.png", "a.gif", "a.bmp", "a.tif"):
         picture.save(tmp_path / name)
-        whole = files.read_palette(tmp_path / name)
+        whole = image_files.read_palette(tmp_path / name)
         content = (tmp_path / name).read_bytes()
         if name != "a.tif":  # its directory comes last
             place = {
@@ -180,7 +182,7 @@ def test_reading_a_palette_does_not_decode_pixels(tmp_path):
                 "a.bmp": 54 + 1024,
             }[name]
             (tmp_path / name).write_bytes(content[: place + 5])
-            assert np.array_equal(files.read_palette(tmp_path / name), whole), name
+            assert np.array_equal(image_files.read_palette(tmp_path / name), whole), name
         assert name == "a.gif" or whole[:16].tolist() == [
             [k * 3 % 256, (k * 3 + 1) % 256, (k * 3 + 2) % 256] for k in range(16)
         ], "a GIF's writer renumbers"
@@ -191,7 +193,7 @@ def test_the_size_of_a_png_with_exif_behind_its_pixels_is_read_without_decoding(
     exif[0x0112] = 6
     bomb = declaring(png(np.zeros((9, 9, 1), np.uint8), GREY), 20_000, 10_000)
     (tmp_path / "a.png").write_bytes(bomb[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + bomb[-12:])
-    assert files.read_size(tmp_path / "a.png") == (10_000, 20_000)
+    assert image_files.read_size(tmp_path / "a.png") == (10_000, 20_000)
 
 
 @pytest.mark.parametrize("form", ["TGA", "ICO", "PCX", "SGI", "EPS", "DDS", "ICNS"])
@@ -201,7 +203,7 @@ def test_other_formats_are_never_opened(form):
         match=r"'a' is not an image that useg can read \(PNG, JPEG, WebP, .* TIFF\), "
         r"or it is damaged; convert",
     ):
-        files.decode_image(saved(form), "a")
+        image_files.decode_image(saved(form), "a")
 
 
 def test_pillows_warnings_stay_inside():
@@ -220,13 +222,13 @@ def test_pillows_warnings_stay_inside():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for content in contents:
-            files.decode_image(content)
+            image_files.decode_image(content)
     assert caught == []
 
 
 def test_pillows_own_limit_is_neither_in_the_way_nor_changed(monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10)
-    assert files.decode_image(png(PICTURE, RGB)).shape == (5, 7, 3)
+    assert image_files.decode_image(png(PICTURE, RGB)).shape == (5, 7, 3)
     assert PIL.Image.MAX_IMAGE_PIXELS == 10
 
 
@@ -235,7 +237,7 @@ def test_threads_may_read_at_once():
 
     def work(k: int) -> None:
         for _ in range(30):
-            if not np.array_equal(files.decode_image(contents[k]), PICTURE + np.uint8(k)):
+            if not np.array_equal(image_files.decode_image(contents[k]), PICTURE + np.uint8(k)):
                 wrong.append(k)
 
     filters = list(warnings.filters)

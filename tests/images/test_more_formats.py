@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from useg.errors import MissingPackageError, UsageError
-from useg.images import files, jpeg2000
+from useg.images import image_files, jpeg2000
 from useg.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from useg.images.stacks import read_stack
 
@@ -66,13 +66,13 @@ def text(kind, values, *header):
 def test_what_a_file_stores_is_read(tmp_path, content, image, mask):
     path = tmp_path / "a"
     path.write_bytes(content)
-    read = files.read_image(path)
+    read = image_files.read_image(path)
     assert np.array_equal(np.squeeze(read), image)
     assert read.dtype in (np.uint8, np.uint16, np.float32)
-    assert files.read_size(path) == (30, 20)
+    assert image_files.read_size(path) == (30, 20)
     assert read_stack(path).num_pages == 1
     if mask is not None:
-        assert np.array_equal(files.read_mask(path), mask)
+        assert np.array_equal(image_files.read_mask(path), mask)
 
 
 def test_avif_and_heic_are_read():
@@ -82,7 +82,7 @@ def test_avif_and_heic_are_read():
     target = io.BytesIO()
     heif.from_pillow(PIL.Image.fromarray(smooth)).save(target, quality=95)
     for content in (*contents, target.getvalue()):
-        read = files.decode_image(content)
+        read = image_files.decode_image(content)
         assert read.shape == smooth.shape
         assert np.abs(read.astype(int) - smooth).mean() < 12
 
@@ -91,7 +91,7 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch):
     heic = b"\0\0\0\x18ftypheic" + bytes(200)
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'useg\[heic\]'"):
-        files.decode_image(heic)
+        image_files.decode_image(heic)
 
 
 def dicom(array, photometric="MONOCHROME2", **more):
@@ -121,15 +121,15 @@ def dicom(array, photometric="MONOCHROME2", **more):
 def test_dicom_is_read(tmp_path):
     path = tmp_path / "a.dcm"
     path.write_bytes(dicom(GREY.astype(np.int16), RescaleSlope=2, RescaleIntercept=-1024))
-    assert np.array_equal(files.read_image(path)[..., 0], GREY * np.float32(2) - 1024)
+    assert np.array_equal(image_files.read_image(path)[..., 0], GREY * np.float32(2) - 1024)
     path.write_bytes(dicom(RGB, "RGB"))
-    assert np.array_equal(files.read_image(path), RGB)
+    assert np.array_equal(image_files.read_image(path), RGB)
     path.write_bytes(dicom(GREY, "MONOCHROME1"))
-    assert np.array_equal(files.read_image(path)[..., 0], 255 - GREY)
+    assert np.array_equal(image_files.read_image(path)[..., 0], 255 - GREY)
     path.write_bytes(dicom(np.stack([IDS, GREY])))
-    assert (read_stack(path).num_pages, files.read_size(path, 0)) == (2, (30, 20))
-    assert np.array_equal(files.read_mask(path, page=0), IDS)
-    assert np.array_equal(files.read_image(path, page=1)[..., 0], GREY)
+    assert (read_stack(path).num_pages, image_files.read_size(path, 0)) == (2, (30, 20))
+    assert np.array_equal(image_files.read_mask(path, page=0), IDS)
+    assert np.array_equal(image_files.read_image(path, page=1)[..., 0], GREY)
 
 
 def test_nothing_is_printed_of_a_damaged_dicom(capfd):
@@ -142,8 +142,8 @@ def test_nothing_is_printed_of_a_damaged_dicom(capfd):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(UsageError, match="it ends before its pixels do"):
-            files.decode_image(content[:-20])
-        files.decode_image(
+            image_files.decode_image(content[:-20])
+        image_files.decode_image(
             content.replace(b"1.2.840.10008.5.1.4.1.1.7", b"1.2.840.\x1b[31m.5.1.4.1.1.7")
         )
     assert not caught
@@ -170,7 +170,7 @@ def test_a_compressed_dicom_is_read(tmp_path, syntax):
         dataset.PixelData = encaps.encapsulate(frames)
     dataset.save_as(path, enforce_file_format=True)
     for page, expected in enumerate((image, image[::-1])):
-        read = files.read_image(path, page=page)[..., 0]
+        read = image_files.read_image(path, page=page)[..., 0]
         assert np.abs(read.astype(int) - expected).max() <= (60 if "Baseline" in syntax else 0)
 
 
@@ -230,7 +230,7 @@ def many_tiles():
 )
 def test_what_a_header_declares_is_compared_with_the_file_first(make, reason):
     with pytest.raises(UsageError, match=reason):
-        files.decode_image(make(), "a")
+        image_files.decode_image(make(), "a")
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -240,7 +240,7 @@ def test_a_damaged_jpeg_2000_prints_nothing(checked, capfd, monkeypatch):
     if not checked:
         monkeypatch.setattr(jpeg2000, "_COLOR_STEPS", [steps])
     with pytest.raises(UsageError, match="damaged or incomplete"):
-        files.decode_image(sparse_bands(*steps), "a")
+        image_files.decode_image(sparse_bands(*steps), "a")
     assert ("CAN NOT CONVERT" in capfd.readouterr().err) == (not checked)
 
 
@@ -252,7 +252,7 @@ def test_no_suffix_is_both_read_and_unread():
 def test_an_array_of_many_images_says_how_to_save_each(tmp_path):
     np.save(tmp_path / "stack.npy", np.zeros((3, 20, 30, 3), np.uint8))
     with pytest.raises(UsageError, match=r"is a stack of 3 pages.*: for k, page") as raised:
-        files.read_image(tmp_path / "stack.npy")
+        image_files.read_image(tmp_path / "stack.npy")
     program = str(raised.value).partition("in Python: ")[2]
     exec(program.replace("f'page", f"f'{tmp_path}/page"), {"numpy": np})
-    assert files.read_image(tmp_path / "page0002.npy").shape == (20, 30, 3)
+    assert image_files.read_image(tmp_path / "page0002.npy").shape == (20, 30, 3)

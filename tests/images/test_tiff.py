@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from useg.errors import UsageError
-from useg.images import files
+from useg.images import image_files
 from useg.images.stacks import read_stack
 from useg.images.tiff_directories import GEO_TAGS
 
@@ -63,7 +63,7 @@ def test_every_lossless_tiff_comes_back_exactly(
     content = written(
         stored, photometric="minisblack", byteorder=order, bigtiff=big, metadata=None, **options
     )
-    image = files.decode_image(content)
+    image = image_files.decode_image(content)
     assert image.dtype == dtype
     assert image.dtype.isnative
     assert np.array_equal(image, pixels)
@@ -88,19 +88,19 @@ def test_number_types(tmp_path, stored, read, compression):
         -1 if stored[0] == "i" else 1, stored
     )
     tifffile.imwrite(tmp_path / "a.tif", array, compression=compression)
-    image = files.read_image(tmp_path / "a.tif")
+    image = image_files.read_image(tmp_path / "a.tif")
     assert image.dtype == np.dtype(read)
     assert np.array_equal(image[..., 0], array.astype(read))
     if stored[0] != "f":
-        assert np.array_equal(files.read_mask(tmp_path / "a.tif"), array)
+        assert np.array_equal(image_files.read_mask(tmp_path / "a.tif"), array)
 
 
 @pytest.mark.parametrize(("bits", "white"), [(2, 3), (4, 15), (10, 1023), (12, 4095), (14, 16383)])
 def test_packed_bits_are_numbers(tmp_path, bits, white):
     values = np.linspace(0, white, 21).astype(np.uint8 if bits < 8 else np.uint16).reshape(3, 7)
     tifffile.imwrite(tmp_path / "a.tif", values, bitspersample=bits)
-    assert np.array_equal(files.read_mask(tmp_path / "a.tif"), values)
-    image = files.read_image(tmp_path / "a.tif")[..., 0]
+    assert np.array_equal(image_files.read_mask(tmp_path / "a.tif"), values)
+    image = image_files.read_image(tmp_path / "a.tif")[..., 0]
     assert np.array_equal(image, values * (255 // white) if bits < 8 else values)
 
 
@@ -111,23 +111,25 @@ def test_packed_bits_are_numbers(tmp_path, bits, white):
 def test_jpeg_in_a_tiff_is_rgb(tmp_path, options):
     flat = np.full((32, 48, 3), (200, 90, 30), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", flat, compression="jpeg", photometric="rgb", **options)
-    assert np.abs(files.read_image(tmp_path / "a.tif").astype(int) - flat).max() <= 3
+    assert np.abs(image_files.read_image(tmp_path / "a.tif").astype(int) - flat).max() <= 3
 
 
 def test_fax_in_a_tiff_is_zero_and_one(tmp_path):
     bits = GREY > 100
     for compression in ("group3", "group4", "tiff_ccitt"):
         PIL.Image.fromarray(bits).save(tmp_path / "a.tif", compression=compression)
-        assert np.array_equal(files.read_mask(tmp_path / "a.tif"), bits), compression
-        assert np.array_equal(files.read_image(tmp_path / "a.tif")[..., 0], bits * 255), compression
+        assert np.array_equal(image_files.read_mask(tmp_path / "a.tif"), bits), compression
+        assert np.array_equal(image_files.read_image(tmp_path / "a.tif")[..., 0], bits * 255), (
+            compression
+        )
 
 
 def test_colours_that_are_not_rgb_are_refused_and_cmyk_becomes_rgb(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="cielab")
     with pytest.raises(UsageError, match=r"cannot be read: its colours are CIE Lab, not RGB"):
-        files.read_image(tmp_path / "a.tif")
+        image_files.read_image(tmp_path / "a.tif")
     PIL.Image.fromarray(RGB).convert("CMYK").save(tmp_path / "c.tif", compression="tiff_lzw")
-    assert np.array_equal(files.read_image(tmp_path / "c.tif"), RGB)
+    assert np.array_equal(image_files.read_image(tmp_path / "c.tif"), RGB)
 
 
 def test_a_compression_that_is_not_read_is_named(tmp_path):
@@ -137,7 +139,7 @@ def test_a_compression_that_is_not_read_is_named(tmp_path):
         match=r"a.tif' cannot be read: it is compressed by JPEG2000; "
         r"save it as PNG, or as a plain TIFF",
     ):
-        files.read_image(tmp_path / "a.tif")
+        image_files.read_image(tmp_path / "a.tif")
 
 
 # Bands: which are transparency?
@@ -156,7 +158,7 @@ CUT_OUT = np.where(np.arange(30) < 14, 0, 255) * np.ones((20, 1))
 @pytest.mark.parametrize("dtype", ["u1", "u2"])
 @pytest.mark.parametrize("kind", ["unspecified", "assocalpha", "unassalpha"])
 def test_near_infrared_is_kept_whatever_the_file_calls_it(kind, dtype):
-    assert files.decode_image(four_bands(NEAR_INFRARED, kind, dtype)).shape == (20, 30, 4)
+    assert image_files.decode_image(four_bands(NEAR_INFRARED, kind, dtype)).shape == (20, 30, 4)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2"])
@@ -166,20 +168,20 @@ def test_near_infrared_is_kept_whatever_the_file_calls_it(kind, dtype):
     ids=["cut out", "opaque", "transparent"],
 )
 def test_transparency_is_dropped_but_an_unspecified_band_is_not(alpha, dtype):
-    assert files.decode_image(four_bands(alpha, "unassalpha", dtype)).shape == (20, 30, 3)
-    assert files.decode_image(four_bands(alpha, "unspecified", dtype)).shape == (20, 30, 4)
+    assert image_files.decode_image(four_bands(alpha, "unassalpha", dtype)).shape == (20, 30, 3)
+    assert image_files.decode_image(four_bands(alpha, "unspecified", dtype)).shape == (20, 30, 4)
 
 
 def test_soft_edges_are_transparency_too():
     soft = np.clip(np.add.outer(np.zeros(20), np.arange(30) * 40 - 400), 0, 255)
-    assert files.decode_image(four_bands(soft, "assocalpha")).shape == (20, 30, 3)
+    assert image_files.decode_image(four_bands(soft, "assocalpha")).shape == (20, 30, 3)
 
 
 def test_an_empty_border_does_not_make_near_infrared_transparency():
     bands = tifffile.imread(io.BytesIO(four_bands(NEAR_INFRARED, "unassalpha")))
     bands[:, :25] = 0
     content = written(bands, photometric="rgb", extrasamples=["unassalpha"])
-    assert files.decode_image(content).shape == (20, 30, 4)
+    assert image_files.decode_image(content).shape == (20, 30, 4)
 
 
 def test_a_mask_has_no_band_that_is_called_alpha(tmp_path):
@@ -190,8 +192,8 @@ def test_a_mask_has_no_band_that_is_called_alpha(tmp_path):
         photometric="rgb",
         extrasamples=["unassalpha"],
     )
-    assert np.array_equal(files.read_mask(tmp_path / "a.tif"), ids[..., 0])
-    assert np.array_equal(files.read_colors(tmp_path / "a.tif"), ids)
+    assert np.array_equal(image_files.read_mask(tmp_path / "a.tif"), ids[..., 0])
+    assert np.array_equal(image_files.read_colors(tmp_path / "a.tif"), ids)
 
 
 # Pages
@@ -225,15 +227,22 @@ def test_a_page_of_a_stack_is_read_by_its_number(tmp_path, options):
             )
     assert read_stack(path).num_pages == 6
     for page in range(6):
-        assert np.array_equal(files.read_image(path, page=page)[..., 0], STACK[page])
-        assert np.array_equal(files.read_mask(path, page=page), STACK[page])
-        assert np.array_equal(files.decode_image(path.read_bytes(), page=page)[..., 0], STACK[page])
-    assert files.read_size(path, page=5) == (20, 16)
+        assert np.array_equal(image_files.read_image(path, page=page)[..., 0], STACK[page])
+        assert np.array_equal(image_files.read_mask(path, page=page), STACK[page])
+        assert np.array_equal(
+            image_files.decode_image(path.read_bytes(), page=page)[..., 0], STACK[page]
+        )
+    assert image_files.read_size(path, page=5) == (20, 16)
 
 
 def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
     tifffile.imwrite(tmp_path / "z.tif", STACK)
-    for reader in (files.read_image, files.read_mask, files.read_colors, files.read_size):
+    for reader in (
+        image_files.read_image,
+        image_files.read_mask,
+        image_files.read_colors,
+        image_files.read_size,
+    ):
         with pytest.raises(
             UsageError,
             match=r"z.tif' is a stack of 6 pages, not one image; "
@@ -251,9 +260,9 @@ def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
     for path in (tmp_path / "a.png", tmp_path / "a.tif"):
         PIL.Image.fromarray(GREY).save(path)
         assert read_stack(path).num_pages == 1
-        assert np.array_equal(files.read_image(path, page=0)[..., 0], GREY)
-        assert files.read_size(path, page=0) == (7, 5)
-        for reader in (files.read_image, files.read_size):
+        assert np.array_equal(image_files.read_image(path, page=0)[..., 0], GREY)
+        assert image_files.read_size(path, page=0) == (7, 5)
+        for reader in (image_files.read_image, image_files.read_size):
             with pytest.raises(
                 UsageError, match="has one page, but page 1 was requested; pages count from 0 to 0"
             ):
@@ -265,18 +274,18 @@ def test_an_axis_of_channels_is_bands_and_the_others_are_pages(tmp_path, options
     path = tmp_path / "c.tif"
     tifffile.imwrite(path, STACK, metadata={"axes": "CYX"}, photometric="minisblack", **options)
     assert read_stack(path).num_pages == 1
-    assert np.array_equal(files.read_image(path), np.moveaxis(STACK, 0, -1))
-    assert files.read_size(path) == (20, 16)
+    assert np.array_equal(image_files.read_image(path), np.moveaxis(STACK, 0, -1))
+    assert image_files.read_size(path) == (20, 16)
     stack = STACK.reshape(2, 3, 16, 20)
     tifffile.imwrite(path, stack, metadata={"axes": "ZCYX"}, photometric="minisblack", **options)
     assert read_stack(path).num_pages == 2
-    assert np.array_equal(files.read_image(path, page=1), np.moveaxis(stack[1], 0, -1))
+    assert np.array_equal(image_files.read_image(path, page=1), np.moveaxis(stack[1], 0, -1))
     if "imagej" not in options:  # ImageJ's own order is fixed
         tifffile.imwrite(
             path, stack, metadata={"axes": "CZYX"}, photometric="minisblack", **options
         )
         assert read_stack(path).num_pages == 3
-        assert np.array_equal(files.read_image(path, page=2), np.moveaxis(stack[:, 2], 0, -1))
+        assert np.array_equal(image_files.read_image(path, page=2), np.moveaxis(stack[:, 2], 0, -1))
 
 
 def test_pages_of_colour(tmp_path):
@@ -289,7 +298,7 @@ def test_pages_of_colour(tmp_path):
             planarconfig=planar,
         )
         assert read_stack(tmp_path / "c.tif").num_pages == 6
-        assert np.array_equal(files.read_image(tmp_path / "c.tif", page=4), stack[4])
+        assert np.array_equal(image_files.read_image(tmp_path / "c.tif", page=4), stack[4])
 
 
 # Files that lie
@@ -298,7 +307,7 @@ def test_pages_of_colour(tmp_path):
 def refused(content: bytes, sentence: str) -> None:
     for _ in range(2):
         with pytest.raises(UsageError, match=sentence):
-            files.decode_image(content, "a.tif")
+            image_files.decode_image(content, "a.tif")
 
 
 def test_missing_strips_are_not_filled_with_zeros(tmp_path):
@@ -348,7 +357,8 @@ def test_pages_may_share_what_they_point_at():
     pages = [grey_tiff(2, 2, 4, t34665=(4, 1, -1)) for _ in range(3)]
     content = tiff(*pages, behind=note)
     assert np.array_equal(
-        files.decode_image(content, page=2)[..., 0], np.frombuffer(note[:4], np.uint8).reshape(2, 2)
+        image_files.decode_image(content, page=2)[..., 0],
+        np.frombuffer(note[:4], np.uint8).reshape(2, 2),
     )
 
 
@@ -367,11 +377,11 @@ def test_a_size_above_the_limit_is_refused(tmp_path):
     )
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb")
     with pytest.raises(UsageError, match="declares 7x5 pixels of 3 bytes, but at most 34 pixels"):
-        files.read_image(tmp_path / "a.tif", max_pixels=34)
+        image_files.read_image(tmp_path / "a.tif", max_pixels=34)
     with pytest.raises(
         UsageError, match="declares 2x2 pixels of 136 bytes, but at most 4 pixels of 16 bytes"
     ):
-        files.decode_image(
+        image_files.decode_image(
             written(np.zeros((2, 2, 17)), photometric="minisblack", planarconfig="contig"),
             max_pixels=4,
         )
@@ -464,7 +474,7 @@ def test_an_ome_tiff_does_not_open_other_files(tmp_path):
     tifffile.imwrite(tmp_path / "a.ome.tif", STACK[:1], description=description, metadata=None)
     assert tifffile.imread(tmp_path / "a.ome.tif").shape == (2, 16, 20), "tifffile follows the name"
     assert read_stack(tmp_path / "a.ome.tif").num_pages == 1
-    assert np.array_equal(files.read_image(tmp_path / "a.ome.tif")[..., 0], STACK[0])
+    assert np.array_equal(image_files.read_image(tmp_path / "a.ome.tif")[..., 0], STACK[0])
 
 
 # Descriptions arrange the pages that a file has; they make none.
@@ -502,11 +512,11 @@ def ome(planes: str, channels: int = 1, slices: int = 2) -> str:
 def test_a_file_has_the_pages_of_its_own_directories(description):
     content = described(description)
     for page in (0, 1):
-        image = files.decode_image(content, page=page)
+        image = image_files.decode_image(content, page=page)
         assert np.array_equal(image[..., 0], STACK[page])
     with pytest.raises(UsageError, match="'the image' is a stack of 2 pages"):
-        files.decode_image(content)
-    assert np.array_equal(files.decode_image(described(description, 1))[..., 0], STACK[0])
+        image_files.decode_image(content)
+    assert np.array_equal(image_files.decode_image(described(description, 1))[..., 0], STACK[0])
 
 
 def test_channels_that_do_not_fit_the_pages_are_refused():
@@ -524,13 +534,13 @@ def test_more_channels_of_imagej_than_an_image_has_bands_are_pages(count, tmp_pa
     tifffile.imwrite(tmp_path / "z.tif", stack, imagej=True)
     assert read_stack(tmp_path / "z.tif").num_pages == (1 if count == 64 else 65)
     if count == 65:
-        page = files.read_image(tmp_path / "z.tif", page=64)
+        page = image_files.read_image(tmp_path / "z.tif", page=64)
         np.testing.assert_array_equal(page[..., 0], stack[64])
 
 
 def test_many_channels_of_few_pixels_are_bands():
     content = described('{"shape": [6, 16, 20], "axes": "CYX"}', 6, compression="deflate")
-    assert np.array_equal(files.decode_image(content), np.moveaxis(STACK, 0, -1))
+    assert np.array_equal(image_files.decode_image(content), np.moveaxis(STACK, 0, -1))
     target = io.BytesIO()
     with tifffile.TiffWriter(target) as writer:
         for k in range(1100):
@@ -539,7 +549,7 @@ def test_many_channels_of_few_pixels_are_bands():
             writer.write(pixels, description=text, metadata=None, contiguous=False)
     refused(target.getvalue(), "it stores 1,100 bands, each in a page of its own")
     fewer = target.getvalue().replace(b"[1100", b"[ 550")
-    assert files.decode_image(fewer, page=1).shape == (1, 1, 550)
+    assert image_files.decode_image(fewer, page=1).shape == (1, 1, 550)
 
 
 def test_a_description_with_entities_of_its_own_is_refused():
@@ -550,7 +560,7 @@ def test_a_description_with_entities_of_its_own_is_refused():
 def test_an_ome_description_may_store_its_planes_in_another_order():
     planes = "".join(f'<TiffData IFD="{1 - k}" FirstZ="{k}" PlaneCount="1"/>' for k in range(2))
     for page in (0, 1):
-        image = files.decode_image(described(ome(planes)), page=page)
+        image = image_files.decode_image(described(ome(planes)), page=page)
         assert np.array_equal(image[..., 0], STACK[1 - page])
 
 
@@ -564,7 +574,7 @@ def test_an_ome_description_may_store_its_planes_in_another_order():
 def test_one_directory_may_stand_for_a_stack_that_the_file_holds(description):
     content = written(STACK[0], description=description, metadata=None) + STACK[1:].tobytes()
     for page in (0, 5):
-        assert np.array_equal(files.decode_image(content, page=page)[..., 0], STACK[page])
+        assert np.array_equal(image_files.decode_image(content, page=page)[..., 0], STACK[page])
     refused(content[: -STACK[0].nbytes], "its description declares 6 images, but it holds 5")
 
 
@@ -587,4 +597,4 @@ def test_an_index_beside_a_file_opens_no_other_file(tmp_path):
     (inside / "NDTiff.index").write_bytes(entry + struct.pack("<8I", 0, 8, 8, 0, 0, 0, 0, 0))
     with pytest.warns(UserWarning, match="closed file"):
         assert tifffile.imread(inside / "a.tif").max() == 77, "tifffile follows the name"
-    assert not files.read_image(inside / "a.tif").any()
+    assert not image_files.read_image(inside / "a.tif").any()

@@ -14,7 +14,7 @@ from useg.data.annotations.platforms import decode_brush_rle, encode_brush_rle
 from useg.data.dataset import read_label
 from useg.data.layouts import find_dataset
 from useg.errors import SettingsError
-from useg.images.files import write_label
+from useg.images.image_files import write_label
 from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import OutputOptions, make_folders
 from useg.inference.summaries import write_summaries

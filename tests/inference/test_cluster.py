@@ -15,7 +15,7 @@ import pytest
 from made_inference import make_model, make_predictor
 
 from useg.errors import DataError, MachineError, MissingPackageError, SettingsError, UsageError
-from useg.images.files import read_image, read_mask, write_picture
+from useg.images.image_files import read_image, read_mask, write_picture
 from useg.inference import cluster
 from useg.inference.cluster import (
     ClusterJob,
@@ -27,8 +27,8 @@ from useg.inference.cluster import (
     read_model_files,
     write_model_files,
 )
-from useg.inference.files import predict
 from useg.inference.outputs import OutputOptions
+from useg.inference.predict_files import predict
 from useg.models.segmenter import save_model
 
 pytest.importorskip("pyarrow", reason="needs the extra 'ray'")

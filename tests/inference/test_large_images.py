@@ -19,7 +19,7 @@ from made_inference import make_model, make_predictor, textured_image
 
 from useg.errors import UsageError
 from useg.images import large_tiff
-from useg.images.files import read_image, read_mask, read_palette
+from useg.images.image_files import read_image, read_mask, read_palette
 from useg.images.large_tiff import halved, open_raster
 from useg.images.stacks import read_stack
 from useg.inference import large_images

@@ -21,9 +21,9 @@ from useg.images import large_tiff, ome_zarr
 from useg.images.large_tiff import halved
 from useg.images.ome_zarr import ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import large_images
-from useg.inference.files import find_images, predict
 from useg.inference.large_images import predict_large_image
 from useg.inference.outputs import OutputOptions
+from useg.inference.predict_files import find_images, predict
 from useg.inference.predictor import Predictor
 
 zarr = pytest.importorskip("zarr")
@@ -229,7 +229,7 @@ def test_an_ome_zarr_is_one_image_and_not_a_folder_of_images(tmp_path):
 def test_a_job_keeps_finished_label_maps_and_repeats_changed_ones(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
     monkeypatch.setattr(
-        "useg.inference.files.predictor_fingerprint", lambda predictor, wanted: "this model"
+        "useg.inference.predict_files.predictor_fingerprint", lambda predictor, wanted: "this model"
     )
     source, out = write(tmp_path / "a.zarr", textured_image(70, 90)), tmp_path / "out"
     assert predict(predictor, [str(source)], out).kept == 0

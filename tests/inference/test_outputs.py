@@ -15,7 +15,7 @@ from made_inference import UTM, make_model, make_predictor, random_image, raster
 
 from useg.classes import IGNORE, ClassTable, palette
 from useg.errors import UsageError
-from useg.images.files import read_image, read_mask, read_palette
+from useg.images.image_files import read_image, read_mask, read_palette
 from useg.images.tiff import GeoReference
 from useg.inference import outputs
 from useg.inference.outputs import (

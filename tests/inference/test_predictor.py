@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from useg.classes import ClassTable, softmax
 from useg.errors import UsageError
-from useg.images.files import read_image, resize_image
+from useg.images.image_files import read_image, resize_image
 from useg.inference.predictor import AUGMENTATIONS, AugmentedView, Predictor
 from useg.models.geometry import WorkingSize, standardize
 from useg.models.segmenter import Segmenter, save_model

@@ -17,12 +17,12 @@ from PIL import Image
 
 from useg.classes import CARLA, softmax
 from useg.errors import UsageError
-from useg.images.files import write_picture
+from useg.images.image_files import write_picture
 from useg.inference import ranking
 from useg.inference.predictor import Predictor
 from useg.inference.ranking import Ranking, margin_uncertainty, rank_images, write_ranking
 from useg.inference.runtimes import Runtime
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 SIZE = (64, 48)
 

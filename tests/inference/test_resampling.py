@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from useg.images.files import resize_image
+from useg.images.image_files import resize_image
 from useg.inference import resampling
 from useg.inference.resampling import LogitsPart, ResizedView, bilinear_source, resize_logits_part
 

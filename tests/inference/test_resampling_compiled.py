@@ -14,7 +14,7 @@ import torch
 from made_inference import make_model, make_predictor, random_image
 from numpy.typing import NDArray
 
-from useg.images.files import resize_image
+from useg.images.image_files import resize_image
 from useg.inference import predictor, resampling
 from useg.inference.predictor import _label_resized
 from useg.inference.resampling import (

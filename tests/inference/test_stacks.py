@@ -16,11 +16,11 @@ from made_strangers import yard
 
 from useg.cli import main
 from useg.errors import DataError
-from useg.images import files as image_files
-from useg.images.files import read_mask
-from useg.inference import files
-from useg.inference.files import find_sources, predict
+from useg.images import image_files
+from useg.images.image_files import read_mask
+from useg.inference import predict_files
 from useg.inference.outputs import OutputOptions
+from useg.inference.predict_files import find_sources, predict
 from useg.models.segmenter import save_model
 
 LABELS_ONLY = OutputOptions(overlays=False)
@@ -119,7 +119,7 @@ def test_shards_divide_the_pages_and_a_second_run_keeps_them(
     write_pages(tmp_path / "z.tif", stack)
     wanted = OutputOptions(overlays=False, areas=True)
 
-    def run(*, shard: tuple[int, int] = (1, 1), out: str = "out") -> files.Outcome:
+    def run(*, shard: tuple[int, int] = (1, 1), out: str = "out") -> predict_files.Outcome:
         return predict(
             tmp_path / "model.safetensors",
             tmp_path / "z.tif",
@@ -130,9 +130,9 @@ def test_shards_divide_the_pages_and_a_second_run_keeps_them(
 
     assert [path.name for path in run(shard=(2, 2)).label_maps] == ["z_0001.png", "z_0003.png"]
     digests: list[Path] = []
-    identify = files.identify_image
+    identify = predict_files.identify_image
     monkeypatch.setattr(
-        files, "identify_image", lambda path: digests.append(path) or identify(path)
+        predict_files, "identify_image", lambda path: digests.append(path) or identify(path)
     )
     outcome = run()
     assert (outcome.kept, len(outcome.label_maps)) == (2, 5)
@@ -151,8 +151,10 @@ def test_the_pages_of_a_file_are_counted_once(
     save_model(make_model_of(channels=1), tmp_path / "model.safetensors")
     write_pages(tmp_path / "z.tif", pages(2))
     counted: list[Path] = []
-    read_stack = files.read_stack
-    monkeypatch.setattr(files, "read_stack", lambda path: counted.append(path) or read_stack(path))
+    read_stack = predict_files.read_stack
+    monkeypatch.setattr(
+        predict_files, "read_stack", lambda path: counted.append(path) or read_stack(path)
+    )
     predict(
         tmp_path / "model.safetensors", tmp_path / "z.tif", tmp_path / "out", wanted=LABELS_ONLY
     )

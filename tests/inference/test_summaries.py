@@ -22,7 +22,7 @@ from useg.data.annotations.interchange import read_coco
 from useg.data.annotations.rasterize import draw_shapes
 from useg.data.annotations.shapes import compress_rle, decompress_rle
 from useg.errors import DataError
-from useg.images.files import write_label
+from useg.images.image_files import write_label
 from useg.inference import summaries
 from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import OutputOptions

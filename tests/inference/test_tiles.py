@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from useg.images.files import read_image
+from useg.images.image_files import read_image
 from useg.inference import tiles
 from useg.inference.tiles import LogitsFunction, Span
 from useg.models.geometry import Geometry

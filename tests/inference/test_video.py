@@ -14,8 +14,8 @@ from made_inference import make_model, make_predictor
 from useg.errors import UsageError
 from useg.inference.predictor import Predictor
 from useg.inference.video import Frame, find_still_pixels, label_frames, label_video, read_frames
-from useg.pictures import overlay
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
+from useg.visualization import overlay
 
 av = pytest.importorskip("av", reason="needs the extra 'video'")
 

@@ -27,7 +27,7 @@ from waiting import eventually
 
 from useg.classes import IGNORE
 from useg.labelling.folder import LabelFolder
-from useg.labelling.masks import find_paths
+from useg.labelling.mask_files import find_paths
 
 playwright = pytest.importorskip("playwright.sync_api")
 if not CHROMIUM:

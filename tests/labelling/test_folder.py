@@ -21,7 +21,7 @@ from useg.errors import DataError, SettingsError
 from useg.files import replacing
 from useg.labelling import folder as labelled_folder
 from useg.labelling.folder import NO_REVISION, LabelFolder, StaleMaskError, split_names
-from useg.labelling.masks import encode_mask, find_paths
+from useg.labelling.mask_files import encode_mask, find_paths
 from useg.labelling.rounds import Rounds
 
 

@@ -23,7 +23,7 @@ from useg.classes import IGNORE
 from useg.errors import UsageError
 from useg.files import is_draft
 from useg.labelling.folder import LabelFolder
-from useg.labelling.masks import find_paths
+from useg.labelling.mask_files import find_paths
 
 KILLS = 50 if os.environ.get("USEG_SOAK") else 3
 # A kill comes at most so many seconds after the stroke during which it comes.

@@ -25,7 +25,7 @@ from useg.errors import DataError
 from useg.labelling import rounds
 from useg.labelling.app import LabelOptions, open_session
 from useg.labelling.folder import NO_REVISION, LabelFolder
-from useg.labelling.masks import find_paths
+from useg.labelling.mask_files import find_paths
 from useg.labelling.round_process import split_painted, train_round
 from useg.labelling.rounds import Rounds, Suggestion, _make_suggestion
 from useg.models.segmenter import Segmenter, save_model

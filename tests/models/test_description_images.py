@@ -17,7 +17,7 @@ from useg.models.description import (
     measure_image,
 )
 from useg.models.geometry import WorkingSize
-from useg.scenes.scene import make_scene
+from useg.scenes.generate import make_scene
 
 MEAN, STD = (110.0, 110.0, 110.0), (60.0, 60.0, 60.0)
 SIZE = 128, 96

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from made_data import build_samples, write_tiff_dataset
 
 from useg.errors import DataError
-from useg.images.files import resize_image
+from useg.images.image_files import resize_image
 from useg.models.geometry import (
     Geometry,
     WorkingSize,

@@ -19,9 +19,9 @@ from scipy import ndimage
 
 from useg.classes import ClassTable
 from useg.data.annotations.shapes import RunLengths, decode_rle, decompress_rle
-from useg.images.files import read_mask, resize_image
-from useg.inference.files import NOT_KEPT_APART, predict
+from useg.images.image_files import read_mask, resize_image
 from useg.inference.outputs import OutputOptions
+from useg.inference.predict_files import NOT_KEPT_APART, predict
 from useg.inference.predictor import AugmentedView, Predictor, load, resize_logits
 from useg.inference.runtimes import runtime_of_model
 from useg.models.geometry import WorkingSize

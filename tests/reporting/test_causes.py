@@ -24,7 +24,7 @@ from made_causes import (
 from PIL import Image
 
 from useg.classes import CARLA, IGNORE
-from useg.images.files import Sample
+from useg.images.image_files import Sample
 from useg.models.geometry import WorkingSize
 from useg.reporting.causes import MAX_CAUSES_PER_CLASS, find_causes, find_weak_classes
 from useg.reporting.error_analysis import ClassErrors, PredictedImage, measure_class_errors

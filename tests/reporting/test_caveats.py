@@ -12,7 +12,7 @@ from made_reporting import make_evaluation, make_split_dataset
 
 from useg.data.dataset import Dataset, Pair
 from useg.reporting.causes import find_caveats
-from useg.reporting.evaluation import Evaluation
+from useg.reporting.evaluation_result import Evaluation
 
 VIDEO = make_split_dataset(["train"] * 8 + ["val"] * 3)
 PROVENANCE = {"dataset": "street", "num_train": 8}

@@ -16,7 +16,7 @@ from PIL import Image
 from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair, read_sample
 from useg.errors import UsageError
-from useg.images.files import Sample
+from useg.images.image_files import Sample
 from useg.models.geometry import WorkingSize
 from useg.reporting import evaluate
 from useg.reporting.evaluate import (
@@ -27,7 +27,7 @@ from useg.reporting.evaluate import (
     evaluate_dataset,
     find_blocks,
 )
-from useg.reporting.evaluation import Evaluation, compare_evaluations
+from useg.reporting.evaluation_result import Evaluation, compare_evaluations
 from useg.reporting.text import comparison_lines, evaluation_lines
 from useg.scoring.boundaries import boundary_counts
 from useg.scoring.metrics import plain, score

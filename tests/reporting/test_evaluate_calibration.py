@@ -13,7 +13,7 @@ from PIL import Image
 
 from useg.classes import ClassTable
 from useg.data.dataset import Dataset, Pair
-from useg.images.files import Sample
+from useg.images.image_files import Sample
 from useg.inference.predictor import Predictor
 from useg.models import segmenter
 from useg.models.geometry import WorkingSize

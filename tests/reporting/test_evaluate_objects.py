@@ -17,7 +17,7 @@ from useg.models.geometry import WorkingSize
 from useg.objects.scores import score_tallies, tally_objects
 from useg.reporting.cause_rules import check_touching_objects
 from useg.reporting.evaluate import Extras, evaluate_dataset
-from useg.reporting.evaluation import Evaluation
+from useg.reporting.evaluation_result import Evaluation
 from useg.reporting.text import evaluation_lines, object_sentences
 
 CLASSES = ClassTable(("background", "foreground"), objects=(1,))

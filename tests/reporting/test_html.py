@@ -14,8 +14,8 @@ from PIL import Image
 from useg.classes import IGNORE
 from useg.data.dataset import Pair
 from useg.errors import SettingsError
-from useg.images.files import Sample
-from useg.reporting.evaluation import ImageScore
+from useg.images.image_files import Sample
+from useg.reporting.evaluation_result import ImageScore
 from useg.reporting.html import (
     choose_gallery,
     error_map_svg,

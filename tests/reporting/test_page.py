@@ -22,7 +22,7 @@ from made_reporting import (
 
 from useg.objects.scores import ComponentScores
 from useg.reporting import page as report_page
-from useg.reporting.evaluation import Evaluation
+from useg.reporting.evaluation_result import Evaluation
 from useg.reporting.page import write_markdown, write_report
 from useg.reporting.text import Report
 from useg.scoring.boundaries import Membranes

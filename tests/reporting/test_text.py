@@ -12,7 +12,7 @@ from made_reporting import COUNTS, TABLE, make_evaluation
 
 from useg.data.dataset import Pair
 from useg.objects.scores import ComponentScores
-from useg.reporting.evaluation import Cause, ImageScore
+from useg.reporting.evaluation_result import Cause, ImageScore
 from useg.reporting.text import (
     Report,
     calibration_sentences,

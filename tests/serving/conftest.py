@@ -15,7 +15,7 @@ from made_serving import make_network, save_run
 
 from useg.inference import exported
 from useg.models.segmenter import Segmenter
-from useg.scenes.scene import write_scenes
+from useg.scenes.generate import write_scenes
 from useg.serving import export
 
 # Models that were converted to ONNX: each, its weights then, and the file.

@@ -20,11 +20,11 @@ from served import Site, encoded, form, labels, picture, served, tiny
 
 from useg.classes import IGNORE, most_probable, palette
 from useg.data.annotations.shapes import RunLengths, decode_rle, decompress_rle
-from useg.images.files import decode_image_and_missing
+from useg.images.image_files import decode_image_and_missing
 from useg.inference.polygons import to_geojson, to_polygons
-from useg.pictures import overlay
 from useg.serving import responses
 from useg.serving.site import PAGE, page_files
+from useg.visualization import overlay
 
 pytestmark = pytest.mark.wheel
 

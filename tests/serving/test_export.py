@@ -15,7 +15,7 @@ from PIL import Image
 
 import useg
 from useg.errors import ModelError, UsageError
-from useg.images.files import read_image
+from useg.images.image_files import read_image
 from useg.inference import bench, exported, runtimes
 from useg.inference.runtimes import make_probe
 from useg.models.segmenter import describe_model

@@ -18,7 +18,7 @@ import useg
 from useg.data.dataset import Dataset
 from useg.data.splits import open_dataset
 from useg.errors import ModelError, UsageError
-from useg.images.files import read_image
+from useg.images.image_files import read_image
 from useg.inference import runtimes
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import make_probe

@@ -24,13 +24,13 @@ from served import SMALL, encoded, labels, picture, served
 from useg.classes import confidence, most_probable
 from useg.cli import main
 from useg.errors import UsageError
-from useg.images.files import read_image, resize_image
+from useg.images.image_files import read_image, resize_image
 from useg.inference import runtimes, tiles
 from useg.inference.predictor import Predictor, resize_logits
 from useg.models import geometry
 from useg.models.geometry import WorkingSize, standardize
 from useg.models.segmenter import save_model
-from useg.scenes.scene import write_scenes
+from useg.scenes.generate import write_scenes
 from useg.serving import site
 from useg.serving.export import export_model
 from useg.serving.site import model_name, onnxruntime_web

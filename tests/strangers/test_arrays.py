@@ -12,7 +12,7 @@ from made_strangers import COLORS, HEIGHT, WIDTH, save, yard
 from useg.data.dataset import Dataset, pair_name, read_label, read_sample
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
-from useg.images.files import read_image, read_size
+from useg.images.image_files import read_image, read_size
 from useg.images.stacks import count_pages
 from useg.reporting.inspection import inspect_dataset
 

@@ -9,7 +9,7 @@ from made_strangers import COLORS, HEIGHT, NAMES, WIDTH, blobs, paint, save, yar
 from useg.data.dataset import read_label, read_objects
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
-from useg.images.files import read_mask
+from useg.images.image_files import read_mask
 from useg.scoring.regions import regions
 
 pytestmark = pytest.mark.wheel

@@ -22,7 +22,7 @@ from useg.data.dataset import Dataset, read_label
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
 from useg.errors import DataError
-from useg.images.files import read_image
+from useg.images.image_files import read_image
 from useg.reporting.inspection import inspect_dataset
 
 Change = Callable[[np.ndarray, int], np.ndarray]

@@ -19,7 +19,7 @@ from PIL import Image
 
 from useg.config import read_settings
 from useg.errors import MissingPackageError
-from useg.images.files import read_image
+from useg.images.image_files import read_image
 from useg.training import loop
 
 TAGS = {

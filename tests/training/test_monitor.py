@@ -21,7 +21,7 @@ from useg.classes import ClassTable
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.errors import DataError, SettingsError
-from useg.images.files import read_mask, write_label, write_picture
+from useg.images.image_files import read_mask, write_label, write_picture
 from useg.scoring.losses import make_loss
 from useg.training.batches import Batches
 from useg.training.monitor import Monitor, chance_level_loss

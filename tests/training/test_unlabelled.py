@@ -13,7 +13,7 @@ from made_training import SHAPES_SETTINGS, Interrupter, draw_shapes, make_shapes
 
 import useg
 from useg.errors import DataError, SettingsError
-from useg.images.files import write_picture
+from useg.images.image_files import write_picture
 
 # Photometric augmentation would learn other colours without images of them.
 SETTINGS = {**SHAPES_SETTINGS, "model.encoder": "plain", "train.photometric": 0.0}

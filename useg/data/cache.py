@@ -30,7 +30,7 @@ from useg.data import cache_folder
 from useg.data.cache_folder import CacheKey, make_cache_key
 from useg.data.dataset import Dataset, Pair, object_classes, read_objects, read_sample
 from useg.files import find_cache_folder
-from useg.images.files import Image, resize_label
+from useg.images.image_files import Image, resize_label
 from useg.machine import in_parallel
 from useg.models.geometry import WorkingSize, fit_bands
 from useg.objects.separation import measure_depth

@@ -66,7 +66,7 @@ DECODING_MODULES = (
     "data/class_mapping.py",
     "data/dataset.py",
     "images/decode.py",
-    "images/files.py",
+    "images/image_files.py",
     "images/formats.py",
     "images/jpeg2000.py",
     "images/other_formats.py",

@@ -23,7 +23,7 @@ from useg.data.file_names import plain_stem
 from useg.data.mask_content import channels_of
 from useg.errors import UsageError
 from useg.files import list_files
-from useg.images.files import list_image_files
+from useg.images.image_files import list_image_files
 from useg.parsing import decode_text, parse_yaml, read_limited
 
 NAME_FILE_SUFFIXES = (

@@ -20,7 +20,8 @@ from useg.data.annotations.rasterize import draw_shapes, number_shapes
 from useg.data.annotations.shapes import BACKGROUND, Drawing
 from useg.data.class_mapping import ClassMapping
 from useg.errors import DataError
-from useg.images.files import (
+from useg.images.formats import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
+from useg.images.image_files import (
     Image,
     Sample,
     read_colors,
@@ -30,7 +31,6 @@ from useg.images.files import (
     read_size,
     resize_label,
 )
-from useg.images.formats import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
 from useg.scoring.regions import regions
 
 Picked = TypeVar("Picked")
@@ -357,7 +357,7 @@ def to_codes(mask: NDArray[Any]) -> tuple[CodeMap, int | None]:
 
 
 def read_stored_mask(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
-    """Read what a mask file stores, as :func:`useg.images.files.read_mask` does.
+    """Read what a mask file stores, as :func:`useg.images.image_files.read_mask` does.
 
     With ``encoding.alpha`` it is the transparency, and with ``encoding.objects`` every object
     becomes 1.
@@ -500,8 +500,8 @@ def _colors_to_values(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArra
 def read_sample(pair: Pair, dataset: Dataset) -> Sample:
     """Read a pair: image ``(H, W, C)`` and label ``(H, W)`` of one size.
 
-    Where the image has no data (:func:`useg.images.files.read_image_and_missing`), the label is
-    ignored.
+    The label is ignored where the image has no data
+    (:func:`useg.images.image_files.read_image_and_missing`).
 
     Raises:
         DataError: As :func:`read_label`; also if image and mask differ in size.

@@ -47,7 +47,7 @@ from useg.data.official_splits import find_official_splits, leave_for_prediction
 from useg.data.pairing import match_lists
 from useg.errors import DataError, suggest
 from useg.files import natural_key
-from useg.images.files import list_image_files
+from useg.images.image_files import list_image_files
 from useg.parsing import read_toml, shorten
 
 _KEYS = (

@@ -32,7 +32,7 @@ from useg.data.cache_folder import make_cache_key
 from useg.data.dataset import Dataset, Pair, read_label, read_pair_image, read_pair_size
 from useg.errors import UsageError
 from useg.files import find_cache_folder
-from useg.images.files import Image
+from useg.images.image_files import Image
 from useg.machine import in_parallel
 
 # Two images are near duplicates from this correlation of their signatures on.

@@ -24,8 +24,8 @@ from useg.data.dataset import pick_evenly
 from useg.data.file_names import MASK_WORDS, split_name
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
-from useg.images.files import read_image, read_mask, read_mask_and_alpha
 from useg.images.formats import STACK_SUFFIXES
+from useg.images.image_files import read_image, read_mask, read_mask_and_alpha
 from useg.images.stacks import read_stack
 
 # Images whose masks are compared, and points of each.

@@ -30,6 +30,7 @@ from pathlib import Path
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, find_described
 from useg.data.annotations.shapes import IGNORE_NAME, Drawing
+from useg.data.classes_from_masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.dataset import Dataset, DetectedLayout, MaskEncoding, Pair, has_no_shapes
 from useg.data.dataset_toml import (
     GlobSettings,
@@ -42,7 +43,6 @@ from useg.data.dataset_toml import (
 from useg.data.file_names import are_described, name_files
 from useg.data.ground_truth import OpenChoiceError
 from useg.data.mask_encoding import find_encoding
-from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.official_splits import LIST_SUFFIXES, read_split_lists
 from useg.data.pair_lists import find_table_pairs
 from useg.data.pairing import find_pairs, match_lists
@@ -52,8 +52,8 @@ from useg.data.split_files import read_split_csv
 from useg.data.unrecognized import describe_unrecognized
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.files import cached_walks, list_files, walk_folders
-from useg.images.files import read_size
 from useg.images.formats import ALL_PAGES, STACK_SUFFIXES
+from useg.images.image_files import read_size
 from useg.images.stacks import count_pages, read_stack
 from useg.parsing import open_file
 

@@ -29,7 +29,7 @@ from useg.data.dataset import (
     to_codes,
 )
 from useg.data.published_classes import KNOWN_PALETTES, grey_levels, match_grey_palette
-from useg.images.files import read_palette
+from useg.images.image_files import read_palette
 
 # Ids are smaller than this; larger values are grey levels.
 MIN_GREY_LEVEL = 14

@@ -30,7 +30,7 @@ from useg.data.dataset import (
 from useg.data.mask_content import MAX_JPEG_DISTANCE, find_runs
 from useg.data.published_classes import VOC_BORDER
 from useg.errors import DataError, UsageError
-from useg.images.files import read_mask_and_alpha, read_no_data, read_size
+from useg.images.image_files import read_mask_and_alpha, read_no_data, read_size
 from useg.machine import in_parallel
 from useg.scoring.regions import regions
 

@@ -18,7 +18,7 @@ from useg.data.ground_truth import is_photograph
 from useg.data.split_files import split_of_list, split_rows
 from useg.errors import DataError, format_count
 from useg.files import list_files, natural_key
-from useg.images.files import list_image_files
+from useg.images.image_files import list_image_files
 from useg.parsing import decode_text, parse_json, read_limited
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".manifest")

@@ -55,7 +55,7 @@ from useg.data.roles import (
 )
 from useg.errors import DataError, format_count
 from useg.files import natural_key
-from useg.images.files import holds_python_objects, list_image_files
+from useg.images.image_files import holds_python_objects, list_image_files
 from useg.images.stacks import count_pages
 
 # Names of folders by which published layouts are recognised.

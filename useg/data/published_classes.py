@@ -23,7 +23,7 @@ from useg.classes import (
 )
 from useg.data.dataset import DetectedLayout, Pair, pick_evenly
 from useg.errors import DataError, UsageError
-from useg.images.files import read_mask
+from useg.images.image_files import read_mask
 from useg.parsing import read_limited
 
 # Oxford-IIIT Pet's trimaps.

@@ -38,7 +38,7 @@ from useg.data.ground_truth import (
 )
 from useg.errors import UsageError
 from useg.files import natural_key
-from useg.images.files import read_size
+from useg.images.image_files import read_size
 
 # The number of one of several masks of an image, at the end of its name.
 _COUNTER = re.compile(r"[_\-. ]*\(?[0-9]+\)?$")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE
 from useg.data.class_names import find_class_names
+from useg.data.classes_from_masks import has_ignored_255
 from useg.data.dataset import (
     COLOR_FLAG,
     CodeMap,
@@ -30,7 +31,6 @@ from useg.data.dataset import (
     to_codes,
 )
 from useg.data.mask_content import channels_of, find_runs
-from useg.data.masks import has_ignored_255
 from useg.errors import DataError, UsageError
 from useg.machine import in_parallel
 from useg.scoring.regions import regions

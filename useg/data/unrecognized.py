@@ -10,8 +10,8 @@ from pathlib import Path
 from useg.data.pairing import find_photograph_sets, role_of_array
 from useg.errors import UsageError, format_count, join_names
 from useg.files import list_files, list_subfolders
-from useg.images.files import list_image_files, read_image, read_mask_and_alpha, read_size
 from useg.images.formats import UNREAD_SUFFIXES
+from useg.images.image_files import list_image_files, read_image, read_mask_and_alpha, read_size
 from useg.parsing import open_file
 
 # Image files that are opened if no pairs are found.

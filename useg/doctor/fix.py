@@ -27,13 +27,13 @@ from useg.classes import IGNORE, ClassTable, Label, classes_to_toml, write_class
 from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image
 from useg.data.layouts import find_dataset
 from useg.data.split_files import write_split_csv
-from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
+from useg.doctor.faulty_files import FORMAT_SUFFIX, detect_file_format
 from useg.doctor.measure import Repair, class_ids_by_code, read_ids
 from useg.doctor.survey import Survey
 from useg.errors import DataError, MachineError, UsageError, format_count
 from useg.files import comparable_name, make_folder, replacing, replacing_folder
-from useg.images.files import Image, write_label, write_picture
 from useg.images.formats import ALL_PAGES
+from useg.images.image_files import Image, write_label, write_picture
 from useg.machine import in_parallel
 from useg.ownership import recognize_none
 from useg.parsing import printable

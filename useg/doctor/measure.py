@@ -51,7 +51,7 @@ from useg.data.mask_content import (
 )
 from useg.doctor.edges import EdgeAlignment, measure_edge_alignment
 from useg.errors import UsageError
-from useg.images.files import read_colors
+from useg.images.image_files import read_colors
 
 Severity = Literal["error", "warning", "note"]
 Computed = TypeVar("Computed")

@@ -20,7 +20,7 @@ from useg.data.mask_content import (
     has_exchanged_channels,
 )
 from useg.data.published_classes import KNOWN_PALETTES, grey_levels, match_grey_palette
-from useg.doctor.damage import detect_file_format
+from useg.doctor.faulty_files import detect_file_format
 from useg.doctor.measure import (
     Finding,
     MaskMeasurement,

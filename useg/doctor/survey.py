@@ -19,14 +19,14 @@ import numpy as np
 from useg.classes import IGNORE, ClassTable
 from useg.console import format_table
 from useg.data import cache_folder
+from useg.data.classes_from_masks import ClassDecision, decide_classes
 from useg.data.dataset import COLOR_FLAG, SPLITS, Dataset, MaskEncoding, Pair
-from useg.data.masks import ClassDecision, decide_classes
 from useg.doctor import (
     alignment,
     appearance,
     balance,
-    damage,
     exchanged_classes,
+    faulty_files,
     leaks,
     single_masks,
     stored_values,
@@ -58,10 +58,10 @@ PLACEHOLDER_CLASSES = ClassTable(("not decided",), values=((1 << 16) - 1,))
 
 # Findings of one severity are listed in this order.
 CHECKS: tuple[Check, ...] = (
-    damage.check_unpaired_files,
-    damage.check_unreadable_files,
-    damage.check_skipped,
-    damage.check_mask_sizes,
+    faulty_files.check_unpaired_files,
+    faulty_files.check_unreadable_files,
+    faulty_files.check_skipped,
+    faulty_files.check_mask_sizes,
     stored_values.check_class_table,
     stored_values.check_mask_values,
     exchanged_classes.check_inverted_masks,
@@ -76,9 +76,9 @@ CHECKS: tuple[Check, ...] = (
     single_masks.check_single_masks,
     leaks.check_duplicates,
     leaks.check_hidden_copies,
-    damage.check_exposure,
-    damage.check_mixed_images,
-    damage.check_file_suffixes,
+    faulty_files.check_exposure,
+    faulty_files.check_mixed_images,
+    faulty_files.check_file_suffixes,
     balance.check_single_class_masks,
     balance.check_class_pixels,
     balance.check_split_shares,
@@ -471,7 +471,7 @@ def decide_from_measurements(
 ) -> MeasuredDataset:
     """Combine a data set with its measurements, and derive the class table if there is none.
 
-    :func:`useg.data.masks.decide_classes` decides, as it does for training.
+    :func:`useg.data.classes_from_masks.decide_classes` decides, as it does for training.
     """
     measurements = tuple(measurements)
     if not are_classes_deferred(dataset):

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, palette
 from useg.errors import DataError
-from useg.images.files import Image, as_image, find_missing
 from useg.images.formats import (
     StoredPixels,
     UnreadableError,
@@ -35,6 +34,7 @@ from useg.images.formats import (
     open_image_file,
     pixel_limit,
 )
+from useg.images.image_files import Image, as_image, find_missing
 from useg.images.tiff import (
     JPEG,
     NO_DATA_TAG,
@@ -64,7 +64,7 @@ _FORMATS = {1: "B", 2: "s", 3: "H", 4: "I", 5: "II", 12: "d", 16: "Q"}
 class Raster:
     """An open TIFF as an image ``(H, W, C)`` that is read by rectangles: ``raster[rows, columns]``.
 
-    Rectangles have the values that :func:`useg.images.files.read_image` gives.
+    Rectangles have the values that :func:`useg.images.image_files.read_image` gives.
 
     Args:
         name: of the file, for error messages.
@@ -141,7 +141,7 @@ class Raster:
         return columns_held(self._held // (len(self._numbers) * self._grids), self._segment, rows)
 
     def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
-        """Return which pixels have no data; see :func:`useg.images.files.find_missing`."""
+        """Return which pixels have no data; see :func:`useg.images.image_files.find_missing`."""
         missing = None
         if self.may_lack_data:
             pixels = self._read_all(place)

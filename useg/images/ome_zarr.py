@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
 from useg.errors import UsageError, need
-from useg.images.files import Image, as_image
 from useg.images.formats import (
     MAX_SEGMENT_BYTES,
     StoredPixels,
@@ -30,6 +29,7 @@ from useg.images.formats import (
     clear_errors,
     pixel_limit,
 )
+from useg.images.image_files import Image, as_image
 from useg.images.large_tiff import (
     TILE_CACHE_BYTES,
     TILE_SIDE,

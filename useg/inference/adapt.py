@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from useg.data.dataset import pick_evenly
 from useg.errors import DataError, ModelError, UsageError, format_count
 from useg.files import locked_folder, make_folder
-from useg.images.files import read_image
-from useg.inference.files import find_images
+from useg.images.image_files import read_image
+from useg.inference.predict_files import find_images
 from useg.models.geometry import fit_bands, output_size, reflect_indices
 from useg.models.segmenter import (
     MODEL_NAME,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
 from useg.files import replacing
-from useg.images.files import read_mask
+from useg.images.image_files import read_mask
 from useg.ownership import CVAT_START, LABEL_STUDIO_START, LABELME_START, is_own_annotation
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Label images on many machines with Ray Data: folders or object stores in, label maps out.
 
 Every image gets its label map even if workers die. A label map stores the same fingerprint as
-those of :mod:`useg.inference.files`: model, runtime, and name and content of the image. If it
-matches, the label map is kept, so the same call again continues the job. If another model made
+those of :mod:`useg.inference.predict_files`: model, runtime, and name and content of the image. If
+it matches, the label map is kept, so the same call again continues the job. If another model made
 it, it is computed again.
 """
 
@@ -28,10 +28,14 @@ from numpy.typing import NDArray
 
 from useg.errors import DataError, MachineError, UsageError, choose, format_count, need
 from useg.files import clear_drafts, make_folder, replacing
-from useg.images.files import MARKED_BYTES, decode_image_and_missing, encode_label, starts_with_mark
 from useg.images.formats import IMAGE_SUFFIXES
+from useg.images.image_files import (
+    MARKED_BYTES,
+    decode_image_and_missing,
+    encode_label,
+    starts_with_mark,
+)
 from useg.inference import runtimes
-from useg.inference.files import Failure, Outcome
 from useg.inference.outputs import (
     OutputOptions,
     identify_image,
@@ -39,6 +43,7 @@ from useg.inference.outputs import (
     mark_of_version,
     model_fingerprint,
 )
+from useg.inference.predict_files import Failure, Outcome
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, tune
 from useg.models.segmenter import model_file
@@ -419,7 +424,7 @@ def _clear_drafts(out: Path) -> None:
 
 
 def _cluster_fingerprint(model: Path, runtime: str | None) -> str:
-    """Return the fingerprint that :func:`useg.inference.files.predict` computes for this model."""
+    """Return what :func:`useg.inference.predict_files.predict` computes as the fingerprint."""
     name = runtime or runtimes.read_model(model).native
     return model_fingerprint([(model_file(model), name)], "none", OutputOptions(overlays=False))
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label, most_probable, palette, softmax
 from useg.errors import DataError, SettingsError, choose
 from useg.files import make_folder, replacing
-from useg.images.files import Image, has_mark, write_label, write_picture
 from useg.images.formats import IMAGE_SUFFIXES
+from useg.images.image_files import Image, has_mark, write_label, write_picture
 from useg.images.tiff import NO_DATA_TAG
 from useg.inference.annotation_tools import TOOL_FILES
 from useg.models.segmenter import model_file
@@ -43,7 +43,7 @@ from useg.ownership import (
     is_own_tiff,
 )
 from useg.parsing import open_file, read_limited
-from useg.pictures import add_legend, overlay, to_picture
+from useg.visualization import add_legend, overlay, to_picture
 
 if TYPE_CHECKING:
     from useg.images.tiff import GeoReference

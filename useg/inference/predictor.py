@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax, take_log
 from useg.errors import DataError, ModelError, SettingsError, choose
-from useg.images.files import Image, read_image_and_missing, resize_image
+from useg.images.image_files import Image, read_image_and_missing, resize_image
 from useg.inference import runtimes, tiles
 from useg.models import geometry
 from useg.models.description import ModelDescription

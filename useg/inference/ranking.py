@@ -21,8 +21,8 @@ from useg.classes import softmax
 from useg.data.duplicates import compute_signature
 from useg.errors import UsageError
 from useg.files import make_folder, natural_key, replacing
-from useg.images.files import Image, read_image_and_missing
-from useg.inference.files import Failure, find_images, refuse_only_failures
+from useg.images.image_files import Image, read_image_and_missing
+from useg.inference.predict_files import Failure, find_images, refuse_only_failures
 from useg.machine import in_parallel
 from useg.ownership import RANKING_HEADER, is_own_csv, refuse_foreign_files
 from useg.parsing import to_cell

@@ -81,7 +81,7 @@ class LogitsPart:
 class ResizedView:
     """An image ``(H, W, C)`` at another size, computed for the rectangles that are read.
 
-    Equals :func:`useg.images.files.resize_image` of the whole.
+    Equals :func:`useg.images.image_files.resize_image` of the whole.
 
     Args:
         source: An image that is read by rectangles: ``source[rows, columns]``.

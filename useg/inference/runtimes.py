@@ -338,7 +338,7 @@ def make_probe(
 
 @cache
 def _probe_scene(seed: int) -> NDArray[np.float32]:
-    from useg.scenes.scene import make_scene
+    from useg.scenes.generate import make_scene
 
     return make_scene(seed, (256, 192)).image.astype(np.float32)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label, count_pixels
 from useg.errors import DataError
 from useg.files import locked_folder, replacing
-from useg.images.files import read_mask, read_size
+from useg.images.image_files import read_mask, read_size
 from useg.inference.annotation_tools import TOOL_FILES, LabelledImage
 from useg.inference.outputs import OutputOptions, find_georeference, list_summaries
 from useg.machine import in_parallel

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from useg.classes import Label, most_probable
 from useg.errors import DataError, SettingsError, need
 from useg.files import clear_drafts, make_folder, replacing
-from useg.images.files import Image
 from useg.images.formats import pixel_limit
+from useg.images.image_files import Image
 from useg.inference.predictor import Predictor, load
 from useg.machine import CountProgress, in_parallel
 from useg.ownership import VIDEO_COMMENT, is_own_video, refuse_foreign_files
-from useg.pictures import overlay
+from useg.visualization import overlay
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -37,7 +37,7 @@ from useg.errors import MachineError, UsageError
 from useg.files import clear_drafts, locked_folder, make_folder
 from useg.inference.predictor import Predictor
 from useg.labelling.folder import LabelFolder, StaleMaskError
-from useg.labelling.masks import find_faulty, find_paths
+from useg.labelling.mask_files import find_faulty, find_paths
 from useg.labelling.rounds import Rounds
 from useg.labelling.session import EditorError, LabelSession
 from useg.parsing import parse_json

@@ -32,8 +32,8 @@ from useg.data.dataset import Dataset, Pair, read_label
 from useg.data.layouts import find_dataset
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import refuse_same_names, replacing
-from useg.images.files import list_image_files, read_size
-from useg.labelling.masks import (
+from useg.images.image_files import list_image_files, read_size
+from useg.labelling.mask_files import (
     LabelPaths,
     check_editable,
     encode_mask,

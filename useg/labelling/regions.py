@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.images.files import Image, resize_image
-from useg.pictures import to_picture
+from useg.images.image_files import Image, resize_image
 from useg.scoring.regions import regions
+from useg.visualization import to_picture
 
 # The view is resized to a number of pixels in this range, but enlarged at most 4 times per side.
 MAX_EXCERPT_PIXELS = 250_000

@@ -29,7 +29,14 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
 from useg.errors import DataError, UsageError
 from useg.files import make_folder, replacing
-from useg.images.files import Image, encode_png, read_image, read_mask, resize_image, resize_label
+from useg.images.image_files import (
+    Image,
+    encode_png,
+    read_image,
+    read_mask,
+    resize_image,
+    resize_label,
+)
 from useg.inference.predictor import Predictor
 from useg.inference.ranking import margin_uncertainty
 from useg.labelling.folder import LabelFolder

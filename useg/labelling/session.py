@@ -28,16 +28,16 @@ from numpy.typing import NDArray
 
 from useg.classes import Color, Label, classes_to_toml
 from useg.errors import DataError, UsageError
-from useg.images.files import encode_label, encode_picture, read_image
+from useg.images.image_files import encode_label, encode_picture, read_image
 from useg.inference.annotation_tools import LabelledImage
 from useg.inference.summaries import write_coco
 from useg.labelling.folder import LabelFolder
-from useg.labelling.masks import encode_mask
+from useg.labelling.mask_files import encode_mask
 from useg.labelling.regions import Superpixels, find_superpixels, propose_region, superpixel_at
 from useg.labelling.rounds import ROUND_COMMAND, Rounds, downscale_image
 from useg.parsing import open_file
-from useg.pictures import to_picture
 from useg.serving.middleware import RequestLog
+from useg.visualization import to_picture
 
 # A browser that has not polled the state for this long is considered closed.
 EDITOR_SECONDS = 8.0

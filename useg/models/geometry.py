@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.errors import DataError
-from useg.images.files import Image, resize_image
+from useg.images.image_files import Image, resize_image
 
 # Mean and deviation of standardised images. An image with a smaller deviation than the last is
 # treated as if it had that, so that the noise of an empty image does not become large.

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from useg.classes import ClassTable, Label, confidence, most_probable
 from useg.errors import DataError
 from useg.files import replacing
-from useg.images.files import read_mask
+from useg.images.image_files import read_mask
 from useg.objects.separation import ObjectMap, Tile, find_levels, separate, typical_side
 from useg.ownership import OBJECTS_HEADER, Recognizer, is_own_csv, is_own_tiff
 from useg.parsing import from_cell, to_cell

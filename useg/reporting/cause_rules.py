@@ -18,7 +18,7 @@ from useg.doctor.edges import describe_shift
 from useg.errors import MAX_NAMES, format_count, join_names
 from useg.models.description import ModelDescription
 from useg.reporting.error_analysis import ClassErrors, SplitStatistics, find_split_differences
-from useg.reporting.evaluation import Cause, Evaluation
+from useg.reporting.evaluation_result import Cause, Evaluation
 from useg.reporting.text import format_percent
 
 # A class is weak if its IoU is below ALWAYS_WEAK_IOU, or below both WEAK_IOU and the mean IoU.

@@ -49,7 +49,7 @@ from useg.reporting.error_analysis import (
     predict_image,
 )
 from useg.reporting.evaluate import CountSettings, Extras, apply_ignore_mask
-from useg.reporting.evaluation import Cause, Evaluation
+from useg.reporting.evaluation_result import Cause, Evaluation
 from useg.reporting.text import to_sentence
 from useg.scoring.metrics import class_ious, confusion, tally
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label, confidence, count_pixels, most_probable
 from useg.data.dataset import Dataset, Pair, read_sample
-from useg.images.files import Image, Sample, resize_image
+from useg.images.image_files import Image, Sample, resize_image
 from useg.machine import in_parallel
 from useg.scoring.regions import components
 

@@ -35,7 +35,7 @@ from useg.data.dataset import (
 from useg.data.splits import are_numbered, find_sequences
 from useg.device import CPU, choose_device
 from useg.errors import DataError, SettingsError, choose
-from useg.images.files import Sample, read_mask, resize_label
+from useg.images.image_files import Sample, read_mask, resize_label
 from useg.inference import runtimes
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, prefetch
@@ -58,7 +58,7 @@ from useg.objects.scores import (
 )
 from useg.objects.separation import ObjectIds
 from useg.objects.table import find_objects
-from useg.reporting.evaluation import Evaluation, ImageScore
+from useg.reporting.evaluation_result import Evaluation, ImageScore
 from useg.scoring import boundaries, regions, uncertainty
 from useg.scoring.boundaries import BoundaryCounts, MembraneCounts, boundary_counts, membrane_counts
 from useg.scoring.metrics import Confusion, confusion, mean_iou, pixel_accuracy, score, tally

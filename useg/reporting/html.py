@@ -23,10 +23,9 @@ from useg.classes import IGNORE, Label
 from useg.data.dataset import Dataset, read_sample
 from useg.errors import MAX_NAMES, SettingsError, join_names
 from useg.files import clear_drafts, replacing
-from useg.images.files import Sample
+from useg.images.image_files import Sample
 from useg.ownership import is_own_markdown, is_own_page, refuse_foreign_files, stamp
 from useg.parsing import printable
-from useg.pictures import WRONG_COLOR, Picture, to_picture
 from useg.reporting.text import (
     GalleryImage,
     format_interval,
@@ -37,13 +36,14 @@ from useg.reporting.text import (
 )
 from useg.scoring.metrics import class_ious
 from useg.scoring.uncertainty import Calibration
+from useg.visualization import WRONG_COLOR, Picture, to_picture
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
     from useg.inference.predictor import Predictor
     from useg.reporting.evaluate import CountSettings
-    from useg.reporting.evaluation import Evaluation, ImageScore
+    from useg.reporting.evaluation_result import Evaluation, ImageScore
 
 MAX_GALLERY_IMAGES = 12
 

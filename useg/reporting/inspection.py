@@ -31,10 +31,9 @@ from useg.doctor.measure import Finding, read_ids, relative_name
 from useg.doctor.survey import Survey, defer_classes, survey_dataset
 from useg.errors import UsageError, format_count
 from useg.files import replacing
-from useg.images.files import Image, resize_image, resize_label
+from useg.images.image_files import Image, resize_image, resize_label
 from useg.ownership import is_own_markdown, stamp
 from useg.parsing import printable
-from useg.pictures import Picture, overlay, to_picture
 from useg.reporting.html import (
     embed_photo,
     escape_markdown,
@@ -43,6 +42,7 @@ from useg.reporting.html import (
     write_page,
 )
 from useg.reporting.text import format_percent, to_sentence
+from useg.visualization import Picture, overlay, to_picture
 
 # (caption, picture)
 CaptionedPictures = list[tuple[str, Picture]]

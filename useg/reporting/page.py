@@ -19,14 +19,6 @@ from useg.classes import IGNORE, ClassTable, palette
 from useg.files import replacing
 from useg.ownership import is_own_markdown, stamp
 from useg.parsing import printable
-from useg.pictures import (
-    CORRECT_COLOR,
-    IGNORED_COLOR,
-    WRONG_COLOR,
-    curves_svg,
-    label_shares,
-    to_picture,
-)
 from useg.reporting import text
 from useg.reporting.html import (
     EmbeddedPicture,
@@ -51,9 +43,17 @@ from useg.reporting.text import (
 )
 from useg.scoring.metrics import Confusion
 from useg.scoring.regions import Sizes, error_rates
+from useg.visualization import (
+    CORRECT_COLOR,
+    IGNORED_COLOR,
+    WRONG_COLOR,
+    curves_svg,
+    label_shares,
+    to_picture,
+)
 
 if TYPE_CHECKING:
-    from useg.reporting.evaluation import Cause, Evaluation
+    from useg.reporting.evaluation_result import Cause, Evaluation
 
 # A larger confusion matrix is unreadable.
 _MAX_MATRIX_CLASSES = 24

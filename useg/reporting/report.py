@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from useg.config import Settings
 from useg.data.class_mapping import has_default_names, match_classes, unnamed_classes_error
+from useg.data.classes_from_masks import ClassDecision, infer_classes
 from useg.data.dataset import Dataset
 from useg.data.duplicates import (
     MIN_REPORTED_CORRELATION,
@@ -22,7 +23,6 @@ from useg.data.duplicates import (
     is_quick_to_compare,
 )
 from useg.data.layouts import find_dataset
-from useg.data.masks import ClassDecision, infer_classes
 from useg.data.split_files import restore_splits
 from useg.data.splits import assign_splits
 from useg.errors import format_count
@@ -36,14 +36,14 @@ from useg.reporting.causes import (
     is_training_dataset,
 )
 from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
-from useg.reporting.evaluation import Comparison, Evaluation, compare_evaluations
+from useg.reporting.evaluation_result import Comparison, Evaluation, compare_evaluations
 from useg.reporting.html import choose_gallery, collect_thumbnails, markdown_path, read_gallery
 from useg.reporting.page import write_markdown, write_report
 from useg.reporting.text import Command, Report, format_percent
 
 if TYPE_CHECKING:
     from useg.classes import Label
-    from useg.images.files import Sample
+    from useg.images.image_files import Sample
     from useg.training.loop import Run
 
 

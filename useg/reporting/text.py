@@ -25,7 +25,7 @@ from useg.scoring.regions import Sizes, error_rates
 from useg.scoring.uncertainty import Interval
 
 if TYPE_CHECKING:
-    from useg.reporting.evaluation import Cause, Comparison, Evaluation
+    from useg.reporting.evaluation_result import Cause, Comparison, Evaluation
 
 # Difference between mean confidence and accuracy up to which a model counts as calibrated.
 _MAX_CONFIDENCE_GAP = 0.01

@@ -26,15 +26,15 @@ from useg.classes import (
     hex_color,
     most_probable,
 )
-from useg.images.files import Image, decode_image_and_missing, encode_label, encode_picture
+from useg.images.image_files import Image, decode_image_and_missing, encode_label, encode_picture
 from useg.inference.outputs import OutputOptions, label_image
 from useg.inference.polygons import count_corners, geojson_features, to_polygons
 from useg.inference.predictor import Predictor
 from useg.inference.summaries import annotate_regions
-from useg.pictures import overlay, to_picture
 from useg.serving.middleware import Limits
 from useg.serving.request_queue import check_cancelled
 from useg.serving.uploads import Upload
+from useg.visualization import overlay, to_picture
 
 # Maximum number of polygon corners in a response: about 30 MB of JSON.
 MAX_CORNERS = 1_000_000

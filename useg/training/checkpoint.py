@@ -30,7 +30,7 @@ from useg import distributed
 from useg.device import get_random_states, set_random_states
 from useg.errors import MachineError, ModelError, UsageError, need
 from useg.files import locked_folder, make_folder, replacing
-from useg.images.files import read_image
+from useg.images.image_files import read_image
 from useg.models.pretrained import load_pickled
 from useg.models.segmenter import MODEL_NAME, check_weights
 from useg.ownership import (

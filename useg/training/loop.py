@@ -27,7 +27,6 @@ from useg.machine import describe_machine
 from useg.models.segmenter import Segmenter
 from useg.ownership import is_own_picture
 from useg.parsing import printable
-from useg.pictures import draw_curves
 from useg.scoring.metrics import Scores
 from useg.training.checkpoint import LogRow, check_run_folder, interruptible, run_folder
 from useg.training.monitor import Notice
@@ -37,6 +36,7 @@ from useg.training.session import TakenStep, TrainingSession, begin_session, sco
 from useg.training.threads import ThreadControl
 from useg.training.trainer import Progress, SilentProgress, Trainer, prepare_trainer
 from useg.training.warm_start import WarmStart, read_start
+from useg.visualization import draw_curves
 
 if TYPE_CHECKING:
     from useg.training.unlabelled import Unlabelled

@@ -58,7 +58,7 @@ from useg.device import (
     measure_training_speed,
 )
 from useg.errors import MachineError, SettingsError
-from useg.images.files import Image
+from useg.images.image_files import Image
 from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
 from useg.models.pretrained import load_pretrained

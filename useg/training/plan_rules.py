@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, Label, count_pixels
 from useg.config import ModelSettings, Settings
 from useg.data.dataset import Dataset, pick_evenly, read_label, read_pair_image
-from useg.images.files import resize_label
+from useg.images.image_files import resize_label
 from useg.models import encoders
 from useg.models.pretrained import PACKAGED
 from useg.scoring.metrics import class_ious, confusion, mean_present, tally

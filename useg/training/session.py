@@ -24,10 +24,9 @@ from useg.config import Settings
 from useg.data.dataset import Dataset
 from useg.device import CPU
 from useg.errors import DataError, SettingsError, UsageError, format_count
-from useg.images.files import write_picture
+from useg.images.image_files import write_picture
 from useg.machine import describe_machine
 from useg.models.segmenter import MODEL_NAME, Segmenter, save_model
-from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
 from useg.training.checkpoint import (
     CHECKPOINT_NAME,
@@ -49,6 +48,7 @@ from useg.training.trainer import (
     draw_validation,
     validate,
 )
+from useg.visualization import paint_label, side_by_side, to_picture
 
 if TYPE_CHECKING:
     from useg.training.unlabelled import Unlabelled

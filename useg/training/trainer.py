@@ -35,13 +35,12 @@ from useg.device import (
 )
 from useg.distributed import all_reduce_sum, process_rank, world_size
 from useg.errors import DataError, MachineError, SettingsError
-from useg.images.files import resize_image, write_picture
+from useg.images.image_files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
 from useg.models.pretrained import imagenet_statistics, load_pretrained
 from useg.models.segmenter import Network, Segmenter
 from useg.objects.separation import ObjectStatistics
-from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
 from useg.scoring.metrics import Confusion, confusion
 from useg.training.augment import PhotometricRange
@@ -59,6 +58,7 @@ from useg.training.checkpoint import LogRow
 from useg.training.monitor import chance_level_loss
 from useg.training.plan import Plan
 from useg.training.warm_start import WarmStart
+from useg.visualization import paint_label, side_by_side, to_picture
 
 # In a run of this many minutes, or steps without a time limit, the kernels that cuDNN compiles save
 # more time than compiling takes.

@@ -26,7 +26,7 @@ from useg.data.cache import CachedSample
 from useg.data.dataset import pick_evenly
 from useg.data.pairing import find_masks
 from useg.errors import DataError, SettingsError, format_count
-from useg.images.files import Image, list_image_files, read_image
+from useg.images.image_files import Image, list_image_files, read_image
 from useg.machine import in_parallel
 from useg.models.geometry import fit_bands
 from useg.scoring.metrics import class_ious, mean_present, tally

@@ -27,8 +27,8 @@ from useg.data.annotations.shapes import BACKGROUND, IGNORE_NAME, Drawing, RunLe
 from useg.data.dataset import SPLIT_FOLDERS, SkippedPart
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError
-from useg.images.files import decode_coverage, decode_size, read_size
 from useg.images.formats import IMAGE_SUFFIXES
+from useg.images.image_files import decode_coverage, decode_size, read_size
 from useg.parsing import open_file, parse_yaml, read_limited, shorten
 
 # A list of class names is far smaller: 30 kB name 1,203 classes. Parsing as much takes a second.
@@ -392,7 +392,7 @@ def read_embedded_mask(
     """Read an image in an annotation file as a mask; None if the annotated image is not there.
 
     Args:
-        content: The image, such as a PNG; see :func:`useg.images.files.decode_coverage`.
+        content: The image, such as a PNG; see :func:`useg.images.image_files.decode_coverage`.
         place: The column and row of the annotated image at which it lies.
         entry: The annotated image.
         reading: Knows its size, which the mask must not exceed.

@@ -72,7 +72,7 @@ from useg.data.dataset import DetectedLayout, Pair
 from useg.data.official_splits import find_official_splits
 from useg.errors import DataError, format_count, join_names
 from useg.files import list_files, natural_key
-from useg.images.files import list_image_files, read_size
+from useg.images.image_files import list_image_files, read_size
 from useg.machine import paused_garbage_collection
 
 Test = Callable[[Any], bool]

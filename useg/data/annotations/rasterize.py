@@ -35,7 +35,7 @@ from useg.data.annotations.shapes import (
     rotate_outline,
 )
 from useg.errors import DataError, suggest
-from useg.images.files import read_colors, read_mask, read_size
+from useg.images.image_files import read_colors, read_mask, read_size
 
 # Crossings of edges and rows, and pixels, that are in memory at once.
 _MAX_CROSSINGS = 1_000_000

@@ -34,7 +34,7 @@ from useg.data.dataset import pick_evenly
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
 from useg.files import natural_key
-from useg.images.files import read_image
+from useg.images.image_files import read_image
 from useg.parsing import decode_text, find_separator, open_file
 
 # Possessive, because remembering where each run begins takes 100 times as much memory as text.

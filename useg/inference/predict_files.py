@@ -29,8 +29,8 @@ import torch
 
 from useg.errors import DataError, UsageError, format_count
 from useg.files import MAX_NAME_BYTES, clear_drafts, natural_key, refuse_same_names
-from useg.images.files import Image, read_image_and_missing, read_size
 from useg.images.formats import ALL_PAGES, IMAGE_SUFFIXES, STACK_SUFFIXES, clear_errors
+from useg.images.image_files import Image, read_image_and_missing, read_size
 from useg.images.stacks import Stack, read_stack
 from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import (

@@ -21,8 +21,8 @@ from useg.doctor.measure import (
     Repair,
 )
 from useg.errors import format_count, join_names
-from useg.images.files import resize_label
 from useg.images.formats import GIT_LFS_START
+from useg.images.image_files import resize_label
 from useg.parsing import open_file
 
 # How the files of each format begin.

@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 from useg.classes import CARLA
 from useg.errors import UsageError
 from useg.images import decode
-from useg.images.files import (
+from useg.images.image_files import (
     decode_image,
     encode_png,
     has_mark,

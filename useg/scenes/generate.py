@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from useg.classes import CARLA, write_classes
 from useg.errors import UsageError
 from useg.files import make_folder, replacing_folder
-from useg.images.files import Sample, write_picture
+from useg.images.image_files import Sample, write_picture
 from useg.ownership import SCENE_MARK, recognize_none
 from useg.scenes import scenery
 from useg.scenes.layout import hood, lay_out

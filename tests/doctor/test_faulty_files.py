@@ -19,7 +19,7 @@ from made_doctor import (
     write_trees,
 )
 
-from useg.doctor.damage import detect_file_format
+from useg.doctor.faulty_files import detect_file_format
 
 
 def remove_image(root: Path) -> Planted:

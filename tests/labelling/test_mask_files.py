@@ -13,7 +13,7 @@ from made_labelling import labelling
 from useg.cli import main
 from useg.labelling.app import LabelOptions
 from useg.labelling.folder import LabelFolder
-from useg.labelling.masks import find_faulty, find_paths, suggest_label_command
+from useg.labelling.mask_files import find_faulty, find_paths, suggest_label_command
 from useg.reporting.inspection import inspect_dataset
 
 

@@ -25,7 +25,7 @@ from useg.data.dataset import Dataset, Pair, read_label
 from useg.doctor.single_masks import NO_FIT_KIND
 from useg.doctor.survey import Survey
 from useg.errors import DataError, UsageError, format_count
-from useg.images.files import encode_png
+from useg.images.image_files import encode_png
 from useg.reporting.text import to_sentence
 
 

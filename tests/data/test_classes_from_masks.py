@@ -9,13 +9,13 @@ import pytest
 from made_data import write_folders, write_image, write_mask, write_pixels
 
 from useg.classes import CAMVID, CITYSCAPES, IGNORE, ClassTable
-from useg.data import masks
+from useg.data import classes_from_masks
 from useg.data.dataset import Dataset, read_label
 from useg.data.layouts import find_dataset
 from useg.data.mask_content import MaskContent, color_code, count_codes
 from useg.data.published_classes import CAMVID_COLORS, CITYSCAPES_TRAIN_IDS, OXFORD_PETS
 from useg.errors import DataError
-from useg.images.files import read_mask, write_label
+from useg.images.image_files import read_mask, write_label
 
 pytestmark = pytest.mark.wheel
 
@@ -300,6 +300,6 @@ def test_a_mask_all_of_whose_colours_were_smeared_has_neither_ids_nor_colours():
     nothing = np.zeros(0, np.int64)
     dropped = MaskContent(Path("b.png"), nothing, nothing, nothing, nothing, np.zeros(2, np.int64))
     contents = [colored, dropped, replace(dropped, band=0)]
-    assert masks._store_colors(contents)
-    assert masks._describe_ids_and_colors(contents) == ""
+    assert classes_from_masks._store_colors(contents)
+    assert classes_from_masks._describe_ids_and_colors(contents) == ""
     assert not dropped.has_colors

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageColor
 
 from useg.classes import CARLA, IGNORE, ClassTable
-from useg.pictures import (
+from useg.visualization import (
     CORRECT_COLOR,
     IGNORED_COLOR,
     WRONG_COLOR,

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from useg.classes import CARLA, read_classes
 from useg.errors import UsageError
-from useg.scenes import scene
+from useg.scenes import generate
+from useg.scenes.generate import make_scene, write_scenes
 from useg.scenes.layout import lay_out
 from useg.scenes.light import light
 from useg.scenes.render import Camera, Lighting, majority_label, paint_faces, project
-from useg.scenes.scene import make_scene, write_scenes
 from useg.scenes.scenery import GLOW, PEDESTRIAN, POLE, ROAD, SKY, TRAFFIC, RandomSource, Scenery
 
 pytestmark = pytest.mark.wheel
@@ -55,7 +55,7 @@ def test_a_scene_is_a_pure_function_of_its_seed_and_size(size: tuple[int, int]) 
 
 def test_another_process_makes_the_same_scene() -> None:
     code = (
-        "import zlib; from useg.scenes.scene import make_scene as m; s = m(5, (64, 48)); "
+        "import zlib; from useg.scenes.generate import make_scene as m; s = m(5, (64, 48)); "
         "print(zlib.crc32(s.image), zlib.crc32(s.label))"
     )
     prints = {
@@ -103,7 +103,7 @@ def test_weather_changes_the_picture_but_never_the_label(monkeypatch: pytest.Mon
     samples = []
     for k in range(4):
         monkeypatch.setattr(
-            scene, "_LIGHTING_PROBABILITIES", tuple(float(k == other) for other in range(4))
+            generate, "_LIGHTING_PROBABILITIES", tuple(float(k == other) for other in range(4))
         )
         samples.append(make_scene(8, (128, 96)))
     for one, two in itertools.pairwise(samples):
@@ -246,7 +246,7 @@ def test_an_interruption_leaves_nothing(
             raise error
         return make_scene(seed, size)
 
-    monkeypatch.setattr(scene, "make_scene", stop)
+    monkeypatch.setattr(generate, "make_scene", stop)
     with pytest.raises(error):
         write_scenes(tmp_path / "scenes", 5, (32, 32))
     assert list(tmp_path.iterdir()) == []

@@ -27,10 +27,10 @@ from useg.classes import IGNORE
 from useg.cli import main
 from useg.errors import DataError, UsageError
 from useg.files import natural_key
-from useg.images.files import encode_png, read_image, read_mask, read_no_data, write_picture
-from useg.inference import files
-from useg.inference.files import find_images, find_sources, predict
+from useg.images.image_files import encode_png, read_image, read_mask, read_no_data, write_picture
+from useg.inference import predict_files
 from useg.inference.outputs import OutputOptions
+from useg.inference.predict_files import find_images, find_sources, predict
 from useg.inference.predictor import Predictor
 from useg.models.description import fit_training_images, measure_image
 from useg.models.geometry import WorkingSize
@@ -227,7 +227,7 @@ def test_large_pictures_are_computed_alone_with_all_threads(
         torch.set_num_threads(2)
         small = predict(predictor, [str(folder)], tmp_path / "small").label_maps
         assert threads == [1, 1, 1]
-        monkeypatch.setattr(files, limit, 0)
+        monkeypatch.setattr(predict_files, limit, 0)
         large = predict(predictor, [str(folder)], tmp_path / "large").label_maps
         assert threads[3:] == [2, 2, 2]
         assert max(most[3:]) == 1
@@ -589,7 +589,10 @@ def test_images_whose_label_maps_are_one_file_on_the_disk_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [tmp_path / "a.png", tmp_path / "A.png"]
-    assert len(files.plan_outputs(dict.fromkeys(images), tmp_path / "out", OutputOptions())) == 2
+    assert (
+        len(predict_files.plan_outputs(dict.fromkeys(images), tmp_path / "out", OutputOptions()))
+        == 2
+    )
     monkeypatch.setattr("useg.files._ignores_case", lambda _: True)
     with pytest.raises(UsageError, match="would be one file"):
-        files.plan_outputs(dict.fromkeys(images), tmp_path / "out", OutputOptions())
+        predict_files.plan_outputs(dict.fromkeys(images), tmp_path / "out", OutputOptions())
