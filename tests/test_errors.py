@@ -41,7 +41,7 @@ def test_nothing_is_suggested_when_nothing_is_similar() -> None:
 
 # Only the command line uses these: they define its options, parse them or describe commands.
 COMMAND_LINE = (
-    *("cli.py", "predict_command.py", "service_commands.py", "train_command.py", "console.py"),
+    *("cli.py", "predict_command.py", "train_commands.py", "console.py"),
     *("config.py", "reporting/report.py", "labelling/mask_files.py"),
     *("serving/run.py", "serving/middleware.py", "serving/site.py"),
 )

@@ -49,9 +49,8 @@ ROOMS = (
     "labelling",
     "api",
     "cross_validation",
-    "train_command",
+    "train_commands",
     "predict_command",
-    "service_commands",
     "cli",
 )
 

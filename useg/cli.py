@@ -16,7 +16,6 @@ import typer
 from useg import __version__
 from useg.console import (
     Assignments,
-    Augmentation,
     Data,
     Device,
     HtmlFile,
@@ -33,10 +32,9 @@ from useg.console import (
     runtime_option,
     show,
 )
-from useg.errors import MachineError, SettingsError, UsageError
+from useg.errors import MachineError, SettingsError, UsageError, need
 from useg.predict_command import predict_command
-from useg.service_commands import label_command, serve_command
-from useg.train_command import train_command
+from useg.train_commands import evaluate_command, train_command
 
 if TYPE_CHECKING:
     from useg.inference.bench import BenchResult
@@ -199,124 +197,7 @@ def adapt_command(
         show(out / "model.safetensors")
 
 
-@app.command("evaluate")
-def evaluate_command(
-    model: Model,
-    data: Data,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="Images to score: val, train, test or all "
-            "(default: val of the training data, all of other data)"
-        ),
-    ] = None,
-    class_map: Annotated[
-        str | None,
-        typer.Option(
-            "--map",
-            metavar="NAME=NAME,...",
-            help="Class of DATA=class of the model; or 'ids' if both use the same ids for the "
-            "same classes",
-        ),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(metavar="MODEL", help="Compare with a second model on the same images"),
-    ] = None,
-    ignore_mask: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Ignore pixels that are not 0 in this image, such as a car's hood"
-        ),
-    ] = None,
-    objects: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CLASS",
-            help="Also count found, merged and split objects (connected regions) of a class",
-        ),
-    ] = None,
-    membranes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CLASS",
-            help="Also compute the ISBI 2012 errors (warping, Rand, pixel); CLASS is the membrane",
-        ),
-    ] = None,
-    tolerance: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            help="Tolerance of the boundary F-score (default: 0.8 % of the image diagonal)",
-        ),
-    ] = None,
-    tile: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            help="Predict in tiles of this size, or 0: in one pass; scores do not change",
-        ),
-    ] = None,
-    runtime: Annotated[str | None, runtime_option("the model file's own, in fp32")] = None,
-    device: Device = None,
-    augment: Augmentation = "none",
-    json_file: JsonFile = None,
-    html: HtmlFile = None,
-    assign: Assignments = [],  # noqa: B006 - typer copies it
-) -> None:
-    """Score a model on a data set, at the resolution of the masks, with 95 % intervals."""
-    from useg.config import parse_assignments
-    from useg.data.class_mapping import parse_class_map
-    from useg.inference.predictor import load
-    from useg.reporting.evaluate import Extras
-    from useg.reporting.report import compare, evaluate
-    from useg.reporting.text import comparison_lines, evaluation_lines
-
-    if against and html:
-        raise SettingsError(
-            "--html and --against cannot be combined, because a report shows one model; omit one"
-        )
-    extras = Extras(ignore_mask, tolerance, objects, membranes, tile)
-    settings = parse_assignments(assign)
-    mapping = None if class_map is None else parse_class_map(class_map)
-    with Reporter(global_options.quiet) as reporter:
-
-        def count(done: int, total: int) -> None:
-            reporter.count("scoring", done, total)
-
-        if against:
-            first, second = load(model, runtime, augment), load(against, runtime, augment)
-            comparison = compare(
-                first,
-                second,
-                data,
-                split,
-                settings=settings,
-                extras=extras,
-                class_map=mapping,
-                progress=count,
-            )
-            content, lines = comparison.as_dict(), comparison_lines(comparison)
-        else:
-            evaluation = evaluate(
-                model,
-                data,
-                split,
-                settings=settings,
-                extras=extras,
-                class_map=mapping,
-                html=html,
-                runtime=runtime,
-                augment=augment,
-                progress=count,
-            )
-            content, lines = evaluation.as_dict(), evaluation_lines(evaluation)
-    if json_file:
-        print_json(json_file, content)
-    if json_file != Path("-"):
-        show("\n".join(lines))
-
-
+app.command("evaluate")(evaluate_command)
 app.command("predict")(predict_command)
 
 
@@ -405,8 +286,152 @@ def _bench_lines(measured: BenchResult) -> list[str]:
     ]
 
 
-app.command("label")(label_command)
-app.command("serve")(serve_command)
+@app.command("label")
+def label_command(
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="Folder with the images to label")
+    ],
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,...", help="Class names (default: the page asks for them)"),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the masks (default: masks, next to a folder named images, else inside "
+            "IMAGES)",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Model that suggests labels from the first image on"),
+    ] = None,
+    correct: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Model whose predictions are the initial masks to correct"
+        ),
+    ] = None,
+    faulty: Annotated[
+        bool,
+        typer.Option("--faulty", help="Inspect existing masks, and show the faulty ones first"),
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 0,
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Print the address without opening a browser")
+    ] = False,
+) -> None:
+    """Label images in the browser while a model learns and suggests the rest.
+
+    Prints the address of the page, including its token. Every stroke is saved; stop with Ctrl+C.
+    """
+    _need_packages()
+    if model and correct:
+        raise SettingsError("--model and --from cannot be combined; use only one of them")
+    from useg.labelling.app import LabelOptions, serve_labelling_page
+    from useg.labelling.folder import split_names
+
+    options = LabelOptions(
+        images,
+        split_names(classes) if classes is not None else (),
+        masks,
+        model or correct,
+        bool(correct),
+        port,
+        faulty,
+    )
+    reporter = Reporter(global_options.quiet)
+    serve_labelling_page(options, show, reporter.say, browse=not no_open)
+
+
+@app.command("serve")
+def serve_command(
+    model: Model,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 allows other machines to connect with a token"
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 8000,
+    runtime: Annotated[str | None, runtime_option("auto")] = None,
+    device: Device = None,
+    token: Annotated[
+        str,
+        typer.Option(
+            envvar="USEG_TOKEN",
+            show_default=False,
+            help="Token that clients must send; safer in the environment than in the command line",
+        ),
+    ] = "",
+    no_token: Annotated[
+        bool,
+        typer.Option(
+            "--no-token", help="Allow other machines without a token (default: generate a token)"
+        ),
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default=False,
+            help="Host name that clients use, such as example.org; repeatable. Without a token, "
+            "requests must use an IP address, localhost or one of these names",
+        ),
+    ] = None,
+    upload: Annotated[
+        float, typer.Option(callback=finite, metavar="MB", help="Maximum size of a request body")
+    ] = 32,
+    pixels: Annotated[
+        float,
+        typer.Option(
+            callback=finite, metavar="MILLIONS", help="Maximum image size, in millions of pixels"
+        ),
+    ] = 25,
+    waiting: Annotated[
+        int, typer.Option(help="Maximum number of queued images; further requests get status 503")
+    ] = 64,
+    seconds: Annotated[
+        float,
+        typer.Option(callback=finite, help="Time limit of a request; then it gets status 503"),
+    ] = 25,
+    memory: Annotated[
+        float,
+        typer.Option(callback=finite, metavar="MB", help="Memory limit for all images in progress"),
+    ] = 2500,
+) -> None:
+    """Serve a model over HTTP, with a web page; SIGTERM shuts it down gracefully.
+
+    Each request is logged as one JSON line on standard error.
+    """
+    _need_packages()
+    from useg.inference.predictor import Predictor
+    from useg.serving.middleware import make_limits
+    from useg.serving.run import LogWriter, choose_token, listen, listener_url, run
+    from useg.serving.service import make_service
+
+    limits = make_limits(upload, pixels, waiting, seconds, memory)
+    listener = listen(host, port)
+    token, notice = choose_token(listener, token, no_token)
+    service = make_service(Predictor.load(model, runtime or "auto"), limits)
+
+    def ready() -> None:
+        # The service also runs if nobody reads its output.
+        with suppress(OSError):
+            show(f"{service.name} at {listener_url(listener)}")
+            if not global_options.quiet:
+                show(f"computed by {service.predictor.runtime.name}")
+            if notice:
+                show(notice, file=sys.stderr)
+
+    writer = None if global_options.quiet else LogWriter(sys.stderr.fileno())
+    run(service, listener, writer, token, [host, *(allow_host or [])], ready)
+
+
+def _need_packages() -> None:
+    for package in ("fastapi", "uvicorn", "python_multipart"):
+        need(package, "serve")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -9,7 +9,7 @@ import pytest
 from made_data import write_folders, write_image, write_mask, write_pixels
 
 from useg.classes import CAMVID, CITYSCAPES, IGNORE, ClassTable
-from useg.data import classes_from_masks
+from useg.data import classes_from_masks, mask_problems
 from useg.data.dataset import Dataset, read_label
 from useg.data.layouts import find_dataset
 from useg.data.mask_content import MaskContent, color_code, count_codes
@@ -301,5 +301,5 @@ def test_a_mask_all_of_whose_colours_were_smeared_has_neither_ids_nor_colours():
     dropped = MaskContent(Path("b.png"), nothing, nothing, nothing, nothing, np.zeros(2, np.int64))
     contents = [colored, dropped, replace(dropped, band=0)]
     assert classes_from_masks._store_colors(contents)
-    assert classes_from_masks._describe_ids_and_colors(contents) == ""
+    assert mask_problems.describe_ids_and_colors(contents) == ""
     assert not dropped.has_colors

@@ -30,7 +30,7 @@ from pathlib import Path
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, find_described
 from useg.data.annotations.shapes import IGNORE_NAME, Drawing
-from useg.data.classes_from_masks import ClassDecision, describe_unfinished, infer_classes
+from useg.data.classes_from_masks import ClassDecision, infer_classes
 from useg.data.dataset import Dataset, DetectedLayout, MaskEncoding, Pair, has_no_shapes
 from useg.data.dataset_toml import (
     GlobSettings,
@@ -43,6 +43,7 @@ from useg.data.dataset_toml import (
 from useg.data.file_names import are_described, name_files
 from useg.data.ground_truth import OpenChoiceError
 from useg.data.mask_encoding import find_encoding
+from useg.data.mask_problems import describe_unfinished
 from useg.data.official_splits import LIST_SUFFIXES, read_split_lists
 from useg.data.pair_lists import find_table_pairs
 from useg.data.pairing import find_pairs, match_lists

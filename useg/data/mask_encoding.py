@@ -27,8 +27,8 @@ from useg.data.dataset import (
     read_pair_size,
     to_codes,
 )
-from useg.data.mask_content import MAX_JPEG_DISTANCE, find_runs
-from useg.data.published_classes import VOC_BORDER
+from useg.data.mask_content import MAX_JPEG_DISTANCE
+from useg.data.mask_problems import describe_border, find_border
 from useg.errors import DataError, UsageError
 from useg.images.image_files import read_mask_and_alpha, read_no_data, read_size
 from useg.machine import in_parallel
@@ -60,11 +60,6 @@ _UNCLEAR_OBJECTS = (
     "values number objects, set objects = true in dataset.toml, otherwise ignore this note"
 )
 
-# A border takes part in this share of all changes of the code, and is at most this many pixels
-# wide.
-_MIN_BORDER_SHARE = 0.98
-_MAX_BORDER_WIDTH = 6
-_MAX_BORDERED_CODES = 64
 
 # Instance ids are a class times this factor, plus a number.
 _CLASS_FACTOR = 1000
@@ -174,7 +169,7 @@ def find_encoding(
         objects, found = _find_numbered(masks, chosen, bool(alpha), are_inferred)
         notes += found
     if are_inferred and not objects:
-        notes += _describe_border(find_border(_stored(masks, bool(alpha))))
+        notes += describe_border(find_border(_stored(masks, bool(alpha))))
     masks.close()
     headers = [header for pair in chosen if (header := _read_header(pair)) is not None]
     scale = find_scale(headers)
@@ -203,17 +198,6 @@ def _find_numbered(
         _refuse_cutouts(masks, pairs)
         notes.append(_NUMBERED_OBJECTS)
     return judgement == "objects", notes
-
-
-def _describe_border(border: int | None) -> list[str]:
-    """Say that a code may be a drawn border, unless it is ignored anyway."""
-    if border is None or border in (IGNORE, COLOR_FLAG | VOC_BORDER):
-        return []
-    shown = f"0x{border - COLOR_FLAG:06x}" if border >= COLOR_FLAG else str(border)
-    return [
-        f"pixels of the value {shown} form thin lines between all areas, like a drawn border; if "
-        f"they are not a class, set ignore = [{shown}] in dataset.toml, otherwise ignore this note"
-    ]
 
 
 def _refuse_cutouts(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> None:
@@ -308,44 +292,6 @@ def _show_few_colors(masks: Iterable[DecodedMask]) -> bool:
         for code in np.unique(codes[alpha > 0])
     }
     return 1 < len(visible) <= _MAX_VISIBLE_COLORS
-
-
-def find_border(masks: Iterable[CodeMap]) -> int | None:
-    """Return the code of thin lines without which areas of other codes hardly ever meet, or None.
-
-    Three codes or more are needed, so that thin things on a background are no border.
-    """
-    border = None
-    for codes in masks:
-        starts, lengths = find_runs(codes)
-        values, place = np.unique(codes.ravel()[starts], return_inverse=True)
-        if len(values) > 2:
-            found = _border_of(codes, values, np.bincount(place, lengths))
-            # Most masks show at once that their areas meet.
-            if found is None or border not in (None, found):
-                return None
-            border = found
-        elif border is None:
-            return None
-    return border
-
-
-def _border_of(codes: CodeMap, values: NDArray[Any], counts: NDArray[Any]) -> int | None:
-    """Return the code between all areas of a mask, or None."""
-    pairs = [
-        np.stack([one[differs], other[differs]])
-        for one, other in ((codes[1:], codes[:-1]), (codes[:, 1:], codes[:, :-1]))
-        if (differs := one != other).any()
-    ]
-    if not pairs or len(values) > _MAX_BORDERED_CODES:
-        return None
-    changes = np.concatenate(pairs, axis=1)
-    touched = np.array([(changes == value).any(0).sum() for value in values])
-    k = int(touched.argmax())
-    is_between = touched[k] >= _MIN_BORDER_SHARE * changes.shape[1]
-    # Lines have two sides.
-    is_thin = 2 * counts[k] <= min(_MAX_BORDER_WIDTH * touched[k], codes.size)
-    return int(values[k]) if is_between and is_thin else None
 
 
 def find_scale(headers: Iterable[MaskHeader]) -> int:

@@ -1,4 +1,4 @@
-"""``useg train``: train a model on a data set, or K models for cross-validation."""
+"""``useg train`` and ``useg evaluate``: train a model or K models on a data set; score a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import typer
 
 from useg.console import (
     Assignments,
+    Augmentation,
     Data,
     Device,
+    HtmlFile,
     JsonFile,
+    Model,
     Out,
     Reporter,
     finite,
     global_options,
     print_json,
+    runtime_option,
     show,
 )
 from useg.errors import SettingsError
@@ -178,3 +182,120 @@ def _train_folds(
     if json_file != Path("-"):
         show("\n".join(result.lines()))
         show(out / ("model.safetensors" if final else FOLDS_NAME))
+
+
+def evaluate_command(
+    model: Model,
+    data: Data,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to score: val, train, test or all "
+            "(default: val of the training data, all of other data)"
+        ),
+    ] = None,
+    class_map: Annotated[
+        str | None,
+        typer.Option(
+            "--map",
+            metavar="NAME=NAME,...",
+            help="Class of DATA=class of the model; or 'ids' if both use the same ids for the "
+            "same classes",
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="Compare with a second model on the same images"),
+    ] = None,
+    ignore_mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Ignore pixels that are not 0 in this image, such as a car's hood"
+        ),
+    ] = None,
+    objects: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="Also count found, merged and split objects (connected regions) of a class",
+        ),
+    ] = None,
+    membranes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="Also compute the ISBI 2012 errors (warping, Rand, pixel); CLASS is the membrane",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Tolerance of the boundary F-score (default: 0.8 % of the image diagonal)",
+        ),
+    ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Predict in tiles of this size, or 0: in one pass; scores do not change",
+        ),
+    ] = None,
+    runtime: Annotated[str | None, runtime_option("the model file's own, in fp32")] = None,
+    device: Device = None,
+    augment: Augmentation = "none",
+    json_file: JsonFile = None,
+    html: HtmlFile = None,
+    assign: Assignments = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Score a model on a data set, at the resolution of the masks, with 95 % intervals."""
+    from useg.config import parse_assignments
+    from useg.data.class_mapping import parse_class_map
+    from useg.inference.predictor import load
+    from useg.reporting.evaluate import Extras
+    from useg.reporting.report import compare, evaluate
+    from useg.reporting.text import comparison_lines, evaluation_lines
+
+    if against and html:
+        raise SettingsError(
+            "--html and --against cannot be combined, because a report shows one model; omit one"
+        )
+    extras = Extras(ignore_mask, tolerance, objects, membranes, tile)
+    settings = parse_assignments(assign)
+    mapping = None if class_map is None else parse_class_map(class_map)
+    with Reporter(global_options.quiet) as reporter:
+
+        def count(done: int, total: int) -> None:
+            reporter.count("scoring", done, total)
+
+        if against:
+            first, second = load(model, runtime, augment), load(against, runtime, augment)
+            comparison = compare(
+                first,
+                second,
+                data,
+                split,
+                settings=settings,
+                extras=extras,
+                class_map=mapping,
+                progress=count,
+            )
+            content, lines = comparison.as_dict(), comparison_lines(comparison)
+        else:
+            evaluation = evaluate(
+                model,
+                data,
+                split,
+                settings=settings,
+                extras=extras,
+                class_map=mapping,
+                html=html,
+                runtime=runtime,
+                augment=augment,
+                progress=count,
+            )
+            content, lines = evaluation.as_dict(), evaluation_lines(evaluation)
+    if json_file:
+        print_json(json_file, content)
+    if json_file != Path("-"):
+        show("\n".join(lines))
