@@ -160,10 +160,11 @@ def test_names_alone_are_counted_from_1_where_masks_are_or_reported_as_unused(
     (tmp_path / "classes.txt").write_text("\n".join(NAMES))
     dataset = decide(tmp_path)
     assert (dataset.classes.names, dataset.classes.values) == (tuple(NAMES), (1, 2, 3, 4))
-    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    (tmp_path / "classes.txt").unlink()
+    (tmp_path / "masks" / "classes.txt").write_text("one\ntwo\n")
     dataset = decide(tmp_path)
     assert dataset.classes.names == tuple(f"class {k}" for k in range(1, 5))
-    assert "'classes.txt' lists 2 classes and the masks have the values 1, 2, 3 and 4" in str(
+    assert "'masks/classes.txt' lists 2 classes and the masks have the values 1, 2, 3 and 4" in str(
         dataset.notes
     )
 

@@ -181,16 +181,16 @@ def decide_classes(
         return _ignore_unlabelled(replace(decision, table=table, notes=(*decision.notes, note)))
     if decision.table.by_color:
         return _name_known_colors(decision)
-    hints = describe_ids(decision.table.values), _describe_unused(listed, decision.table)
+    hints = describe_ids(decision.table.values), _describe_unused(listed, decision.table, root)
     return replace(decision, notes=(*decision.notes, *filter(None, hints)))
 
 
-def _describe_unused(listed: Sequence[NamedClasses], table: ClassTable) -> str:
+def _describe_unused(listed: Sequence[NamedClasses], table: ClassTable, root: Path) -> str:
     """Say that a file that lists names alone does not fit the masks; ``""`` if there is none."""
     for named in listed:
         if len(named.classes) > 1 and not named.has_ids and not named.has_colors:
             return (
-                f"'{named.file.name}' lists {len(named.classes)} classes and the "
+                f"'{named.file.relative_to(root)}' lists {len(named.classes)} classes and the "
                 f"masks have the values {join_some(table.values)}, so its names were not used; "
                 "name the classes in a classes.toml"
             )
