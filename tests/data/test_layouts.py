@@ -241,7 +241,7 @@ def test_dataset_toml_may_name_only_classes_and_splits(tmp_path):
         ),
         ('images = "images/*"\nmasks = 3', "images, masks, classes and splits are text in quotes"),
         ("ignore = 3", "ignore is a list of whole numbers"),
-        ('missing = "all"', 'has missing = .all.; choose "error", or "skip"'),
+        ('missing = "all"', 'has missing = .all.; choose "error", "skip"'),
         (
             '[splits]\nvalid = "images/*"',
             r"has the unknown split 'valid'; choose from train, val, test; did you mean 'val'\?",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_data import describe_pairs
+from made_doctor import survey_folder
 from made_strangers import COLORS, HEIGHT, WIDTH, blobs, save, yard
 
 from useg.classes import IGNORE
@@ -100,6 +101,65 @@ def test_pictures_and_masks_with_an_ending_in_two_folders_leave_the_test_folder_
         "train",
     )
     assert "1 image of the split test without a mask: left for prediction" in dataset.notes
+
+
+def write_defects(root: Path) -> None:
+    """Write good images, which have no masks, and images with defects, which have."""
+    for k in range(7):
+        save(root / f"part{k % 2}" / "train" / "good" / f"{k:03}.png", yard(k)[0])
+    for k in range(4):
+        image, label = yard(k + 10)
+        save(root / f"part{k % 2}" / "test" / "cut" / f"{k:03}.png", image)
+        mask = root / f"part{k % 2}" / "ground_truth" / "cut" / f"{k:03}_mask.png"
+        save(mask, (label == 3).astype(np.uint8) * 255)
+
+
+def test_good_images_without_masks_are_asked_about_and_become_background(tmp_path: Path) -> None:
+    write_defects(tmp_path)
+    with pytest.raises(DataError, match=r'7 images without a mask .* set missing = "background"'):
+        find_dataset(tmp_path)
+    with pytest.raises(DataError, match=r'none is left for training.* missing = "background"'):
+        assign_splits(find_dataset(tmp_path, strict=False))
+    settings = 'missing = "background"\n[splits]\ntrain = "part*/*/*/*.png"'
+    (tmp_path / "dataset.toml").write_text(settings)
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "foreground")
+    assert {pair.split for pair in dataset.pairs} == {"train"}
+    good = [pair for pair in dataset.pairs if pair.image.parent.name == "good"]
+    assert (len(good), len(dataset.pairs)) == (7, 11)
+    assert not any(read_label(pair, dataset).any() for pair in good)
+    assert any("7 images without a mask, background everywhere" in note for note in dataset.notes)
+    survey = survey_folder(tmp_path)
+    assert [each.severity for each in survey.findings if each.severity != "note"] == []
+    assert survey.images == (11, 4)
+
+
+def test_surface_normals_beside_images_are_no_images_of_normal_things(tmp_path: Path) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "rgb/{k}_rgb.png", "gt/{k}_gt.png")
+        save(tmp_path / "normal" / f"{k}_normal.png", yard(k + 20)[0])
+    assert len(find_dataset(tmp_path).pairs) == 6
+
+
+@pytest.mark.parametrize(("value", "is_clear"), [(0, True), (1, False)])
+def test_images_without_masks_need_a_background(tmp_path: Path, value: int, is_clear: bool) -> None:
+    for k in range(4):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", image)
+        if k:
+            save(tmp_path / "masks" / f"{k}.png", (label % 2 + value).astype(np.uint8))
+    (tmp_path / "dataset.toml").write_text('missing = "background"')
+    (tmp_path / "classes.toml").write_text(
+        f'[[class]]\nname = "sky"\nvalue = {value}\n[[class]]\nname = "tree"\nvalue = {value + 1}\n'
+    )
+    dataset = find_dataset(tmp_path)
+    if is_clear:
+        assert not read_label(dataset.pairs[0], dataset).any()
+        return
+    with pytest.raises(DataError, match="none of the classes sky, tree is the background"):
+        read_label(dataset.pairs[0], dataset)
+    errors = [each.message for each in survey_folder(tmp_path).findings if each.severity == "error"]
+    assert "none of the classes sky, tree is the background" in errors[0]
 
 
 def write_retinas(root: Path) -> None:

@@ -105,6 +105,15 @@ def test_classes_missing_from_the_masks_are_named(tmp_path, seed):
     assert notice_kinds(run) == {"wrong number of classes"}
 
 
+@pytest.mark.parametrize(
+    ("shares", "is_told"), [((1, 0), True), ((0.9, 0.1), False), ((1,), False)]
+)
+def test_training_masks_of_one_class_are_told(shares, is_told):
+    names = ("background", "foreground")[: len(shares)]
+    notices = Monitor(names, np.array(shares), 1.0, 10).check_classes()
+    assert [each.kind for each in notices] == ["wrong number of classes"] * is_told
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_label_outside_the_classes_is_refused_before_training(tmp_path, seed):
     table = ClassTable((*CLASSES.names, "ghost"))

@@ -74,6 +74,13 @@ _SAME_SIZE = (
 )
 
 
+# What to do with images without a mask.
+MISSING_ADVICE = (
+    'if these images show only background, set missing = "background" in dataset.toml, or missing '
+    '= "skip" to leave them out'
+)
+
+
 @dataclass(frozen=True)
 class Instances:
     """One mask per object: a pixel is foreground if it is not 0 in any of them."""
@@ -86,6 +93,7 @@ class ClassMasks:
     """One mask per class: a pixel has the last class whose mask is not 0 there.
 
     ``masks`` has (class name, mask file); where all are 0 is the first class of the data set.
+    Without any mask, the image is background.
     """
 
     masks: tuple[tuple[str, Path], ...]
@@ -477,13 +485,26 @@ def _join_masks(instances: Instances, pair: Pair) -> NDArray[np.uint8]:
 def _stack_classes(truth: ClassMasks, pair: Pair, classes: ClassTable) -> Label:
     """Join the masks of all classes to one label map."""
     size = read_pair_size(pair)
-    label = np.zeros(size[::-1], np.uint8)
+    background = 0 if truth.masks else find_background(classes)
+    if background is None:
+        raise DataError(
+            'dataset.toml has missing = "background", but none of the classes '
+            f"{', '.join(classes.names)} is the background; give it this name in classes.toml"
+        )
+    label = np.full(size[::-1], background, np.uint8)
     for name, path in truth.masks:
         # A class that does not count may be missing from the table.
         label[_read_inside(path, pair, size)] = (
             classes.names.index(name) if name in classes.names else IGNORE
         )
     return label
+
+
+def find_background(classes: ClassTable) -> int | None:
+    """Return the class called background, or else that of the value 0 or of black, if any."""
+    if BACKGROUND in classes.names:
+        return classes.names.index(BACKGROUND)
+    return classes.stored.index(0) if 0 in classes.stored else None
 
 
 def _colors_to_values(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArray[Any]:

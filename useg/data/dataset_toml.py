@@ -12,8 +12,8 @@ It lies in DATA, or is given as DATA, and wins over everything that the folders 
     # train = "photos/a*.jpg"
     # val = "photos/b*.jpg"
     valid = "fields/*.png"           # optional: masks that are 0 where nothing counts
-    missing = "skip"                 # optional: images without a mask are left out; by default
-                                     # they are an error
+    missing = "skip"                 # optional: images without a mask are left out, or
+                                     # "background"; by default they are an error
     # Or one mask per class, the last one on top, instead of masks = "...":
     # [masks]
     # water = "water/*.png"
@@ -107,7 +107,7 @@ class GlobSettings:
         empty: What an image without annotations is: ``background``, or ``ignore`` if it is not
             finished.
         has_ignore: Whether ``ignore`` is given, be it empty.
-        missing: What happens to images without a mask: ``error``, or ``skip``.
+        missing: What happens to images without a mask: ``error``, ``skip``, or ``background``.
     """
 
     images: str = ""
@@ -212,10 +212,10 @@ def _check_choices(file: Path, content: Mapping[str, Any]) -> None:
             f'{file} has empty = {shorten(empty)}; choose "background", or "ignore" if images '
             "without annotations are not finished"
         )
-    if missing not in ("", "error", "skip"):
+    if missing not in ("", "error", "skip", "background"):
         raise DataError(
-            f'{file} has missing = {shorten(missing)}; choose "error", or "skip" if images without '
-            "a mask are left out"
+            f'{file} has missing = {shorten(missing)}; choose "error", "skip" if images without a '
+            'mask are left out, or "background" if they show only that'
         )
 
 
@@ -243,16 +243,7 @@ def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedL
             )
     each = [_pair_by_wildcards(folder, file, images, files) for files in masks]
     found = _join_classes(each, settings) if settings.class_masks else each[0]
-    splits = {
-        path: split for split, pattern in settings.globs for path in glob_files(folder, pattern)
-    }
-    return replace(
-        found,
-        layout="dataset.toml",
-        pairs=tuple(
-            replace(pair, split=splits.get(pair.image, pair.split)) for pair in found.pairs
-        ),
-    )
+    return replace(found, layout="dataset.toml")
 
 
 def _join_classes(each: Sequence[DetectedLayout], settings: GlobSettings) -> DetectedLayout:

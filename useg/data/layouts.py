@@ -22,16 +22,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, find_described
 from useg.data.annotations.shapes import IGNORE_NAME, Drawing
 from useg.data.classes_from_masks import ClassDecision, infer_classes
-from useg.data.dataset import Dataset, DetectedLayout, MaskEncoding, Pair, has_no_shapes
+from useg.data.dataset import (
+    MISSING_ADVICE,
+    ClassMasks,
+    Dataset,
+    DetectedLayout,
+    MaskEncoding,
+    Pair,
+    has_no_shapes,
+)
 from useg.data.dataset_toml import (
     GlobSettings,
     glob_files,
@@ -44,7 +53,7 @@ from useg.data.file_names import are_described, name_files
 from useg.data.ground_truth import OpenChoiceError
 from useg.data.mask_encoding import find_encoding
 from useg.data.mask_problems import describe_unfinished
-from useg.data.official_splits import LIST_SUFFIXES, read_split_lists
+from useg.data.official_splits import LIST_SUFFIXES, find_splits, read_split_lists
 from useg.data.pair_lists import find_table_pairs
 from useg.data.pairing import find_pairs, match_lists
 from useg.data.published_classes import PUBLISHED_TABLES, distinguish_carla, recognize_published
@@ -52,7 +61,7 @@ from useg.data.scribbles import describe_scribbles
 from useg.data.split_files import read_split_csv
 from useg.data.unrecognized import describe_unrecognized
 from useg.errors import DataError, UsageError, format_count, suggest
-from useg.files import cached_walks, list_files, walk_folders
+from useg.files import cached_walks, list_files, natural_key, walk_folders
 from useg.images.formats import ALL_PAGES, STACK_SUFFIXES
 from useg.images.image_files import read_size
 from useg.images.stacks import count_pages, read_stack
@@ -171,17 +180,47 @@ def _find_dataset_toml(root: Path) -> Path:
 
 def _find_layout(folder: Path, file: Path, settings: GlobSettings, strict: bool) -> DetectedLayout:
     """Find the pairs: recognised or described, with official splits, one for each page."""
-    found = _split_by_lists(_recognize(folder, file, settings), folder, settings.splits)
+    found = _recognize(folder, file, settings)
+    if settings.missing and found.images:
+        found = _settle_missing(found, folder, settings.missing)
+    if settings.globs:
+        found = _split_by_globs(found, folder, settings.globs)
+    found = _split_by_lists(found, folder, settings.splits)
     found = _add_valid(found, folder, file, settings.valid)
     found = _split_pages(found, strict)
     if found.classes is not None and settings.ignore:
         found = _ignore_shapes(found, found.classes, settings.ignore)
-    if settings.missing == "skip" and found.images:
-        left_out = f"{format_count(len(found.images), 'image')} without a mask left out"
-        found = replace(found, images=(), notes=(*found.notes, left_out))
-    if strict:
-        _check_partners(found)
+    if strict and (found.images or found.masks):
+        _refuse_unpaired(found)
     return found
+
+
+def _split_by_globs(
+    found: DetectedLayout, folder: Path, globs: Sequence[tuple[str, str]]
+) -> DetectedLayout:
+    """Split pairs by the globs over images in a ``dataset.toml``."""
+    splits = {path: split for split, pattern in globs for path in glob_files(folder, pattern)}
+    pairs = (replace(pair, split=splits.get(pair.image, pair.split)) for pair in found.pairs)
+    return replace(found, pairs=tuple(pairs))
+
+
+def _settle_missing(found: DetectedLayout, folder: Path, missing: str) -> DetectedLayout:
+    """Leave out images without a mask, or take them as background, if ``missing`` says so."""
+    note = f"{format_count(len(found.images), 'image')} without a mask"
+    pairs = found.pairs
+    if missing == "background":
+        images = [*found.images, *(pair.image for pair in pairs)]
+        splits = find_splits(images, folder, images)
+        if not any(pair.split for pair in pairs):
+            splits = dict.fromkeys(images, "")
+        added = (Pair(path, path, splits[path], truth=ClassMasks(())) for path in found.images)
+        pairs = tuple(sorted((*pairs, *added), key=lambda pair: natural_key(pair.image)))
+        note += ', background everywhere, as missing = "background" in dataset.toml says'
+    elif missing == "skip":
+        note += " left out"
+    else:
+        return found
+    return replace(found, pairs=pairs, images=(), notes=(*found.notes, note))
 
 
 def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:
@@ -391,18 +430,19 @@ def _decide_classes(
         return ClassDecision(found.classes if has_same and found.classes else classes)
     named = Path(classes) if classes else folder / (settings.classes or "classes.toml")
     values = tuple(value for value in settings.ignore if isinstance(value, int))
+    pairs = [pair for pair in found.pairs if pair.truth is None]
     if not classes and settings.classes in PUBLISHED_TABLES:
         decision = ClassDecision(PUBLISHED_TABLES[settings.classes])
     elif classes or settings.classes or named.is_file():
         decision = ClassDecision(read_classes(named))
     elif found.layout == "carla":
-        table, note = distinguish_carla([pair for pair in found.pairs if pair.truth is None])
+        table, note = distinguish_carla(pairs)
         decision = ClassDecision(table, notes=(note,) if note else ())
     elif found.classes is not None:
         decision = ClassDecision(found.classes)
     else:
-        note = "" if settings.has_ignore else describe_scribbles(found.pairs, encoding, folder)
-        decision = infer(found.pairs, encoding, values)
+        note = "" if settings.has_ignore else describe_scribbles(pairs, encoding, folder)
+        decision = infer(pairs, encoding, values)
         decision = replace(decision, notes=(*filter(None, (note,)), *decision.notes))
     return replace(decision, table=_drop_ignored(decision.table, settings.ignore))
 
@@ -429,19 +469,19 @@ def _drop_ignored(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTabl
     )
 
 
-def _check_partners(found: DetectedLayout) -> None:
-    for alone, what, other in ((found.images, "image", "mask"), (found.masks, "mask", "image")):
-        if alone:
-            names = ", ".join(f"'{path}'" for path in alone[:3]) + (
-                f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-            )
-            article = "a" if other == "mask" else "an"
-            raise DataError(
-                f"{format_count(len(alone), what)} without {article} {other} "
-                f"({len(found.pairs)} pairs are complete): {names}; add the missing {other}s under "
-                f"the same names, remove the {what}s, or pair them in a dataset.toml; useg inspect "
-                f"DATA --fix OUT writes a copy without these {what}s"
-            )
+def _refuse_unpaired(found: DetectedLayout) -> NoReturn:
+    alone, what, other, article = found.masks, "mask", "image", "an"
+    advice = "pair them in a dataset.toml"
+    if found.images:
+        alone, what, other, article = found.images, "image", "mask", "a"
+        advice += f"; {MISSING_ADVICE}"
+    names = ", ".join(f"'{path}'" for path in alone[:3])
+    names += f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+    raise DataError(
+        f"{format_count(len(alone), what)} without {article} {other} ({len(found.pairs)} pairs are "
+        f"complete): {names}; add the missing {other}s under the same names, remove the {what}s, "
+        f"or {advice}; useg inspect DATA --fix OUT writes a copy without these {what}s"
+    )
 
 
 def _describe_annotations(folder: Path) -> Iterator[str]:

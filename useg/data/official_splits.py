@@ -66,6 +66,12 @@ def find_official_splits(
     return {path: find_official_split(path, root, affixes) for path in images}
 
 
+def find_splits(images: Sequence[Path], root: Path, files: Iterable[Path]) -> dict[Path, str]:
+    """Return the split of each image that folders, or else names, show; ``""`` without one."""
+    splits = find_official_splits(images, root, files)
+    return splits if any(splits.values()) else {**splits, **split_by_stems(images)}
+
+
 def learn_affixes(files: Iterable[Path], root: Path) -> frozenset[str]:
     """Return texts beside splits in folders' names: ``crop`` for ``traincrop`` and ``valcrop``.
 

@@ -42,8 +42,8 @@ from useg.data.ground_truth import (
 )
 from useg.data.official_splits import (
     find_official_splits,
+    find_splits,
     leave_for_prediction,
-    split_by_stems,
 )
 from useg.data.published_classes import TABLES_BY_NAME
 from useg.data.roles import (
@@ -60,6 +60,14 @@ from useg.images.stacks import count_pages
 
 # Names of folders by which published layouts are recognised.
 _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
+
+# Folders of images that show nothing but background, and so often have no masks.
+_EMPTY_FOLDERS = frozenset(
+    [
+        *("good", "normal", "ok", "healthy", "negative", "negatives", "intact", "defectfree"),
+        *("nodefect", "nodefects", "undamaged", "empty"),
+    ]
+)
 
 _NUM_NAMED = 3
 
@@ -309,7 +317,8 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
     images, masks, foreign = _sort_rest(
         [path for name, path in files.paths.items() if name not in used], parts, files
     )
-    splits = _find_splits([*found, *images], files)
+    images, foreign = _add_empty_folders(images, foreign, found, files)
+    splits = find_splits([*found, *images], files.root, files.paths.values())
     images, left = leave_for_prediction(images, splits, {splits[path] for path in found})
     layout = _name_layout(*next(iter(found.items())))
     pairs, classes = join_masks(found, splits)
@@ -330,12 +339,6 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
         notes=notes,
         field_of_view=next((part.field_of_view for part in parts if part.field_of_view), ""),
     )
-
-
-def _find_splits(images: Sequence[Path], files: NamedFiles) -> dict[Path, str]:
-    """Return the split of each image that folders, or else names, show; ``""`` without one."""
-    splits = find_official_splits(images, files.root, files.paths.values())
-    return splits if any(splits.values()) else {**splits, **split_by_stems(images)}
 
 
 def _name_layout(image: Path, masks: Sequence[Path]) -> str:
@@ -372,6 +375,42 @@ def _sort_rest(
             kinds = {"mask" if is_mask else "image"}
         (images if "image" in kinds else masks if "mask" in kinds else foreign).append(path)
     return tuple(images), tuple(masks), tuple(foreign)
+
+
+def _add_empty_folders(
+    images: tuple[Path, ...], foreign: tuple[Path, ...], found: Iterable[Path], files: NamedFiles
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Move images in folders called ``good`` and the like from foreign files to those without mask.
+
+    Beside them are folders of images with masks, of which they are no other channel: ``normal``
+    may also have the surface normals of the same images.
+    """
+    labelled = set(found)
+    places = {(_generalize_parent(path, files), path.suffix) for path in labelled}
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for path in files.paths.values():
+        word = re.sub("[^a-z]", "", path.parent.name.casefold())
+        if word in _EMPTY_FOLDERS and (_generalize_parent(path, files), path.suffix) in places:
+            groups[_generalize_parent(path, files)].append(path)
+    keys = {_key_of_number(path) for path in (*labelled, *images)}
+    empty = {
+        path
+        for group in groups.values()
+        if labelled.isdisjoint(group) and not keys.issuperset(map(_key_of_number, group))
+        for path in group
+    }
+    added = (*images, *sorted(empty - {*images}, key=natural_key))
+    return added, tuple(path for path in foreign if path not in empty)
+
+
+def _generalize_parent(path: Path, files: NamedFiles) -> str:
+    """Return the folder of a file's folder, without the names of splits and numbers."""
+    return generalize_folder(path.relative_to(files.root).parent.as_posix())
+
+
+def _key_of_number(path: Path) -> str:
+    """Return the numbers in a file's name, or its stem if it has none."""
+    return " ".join(re.findall("[0-9]+", path.stem)) or path.stem
 
 
 def _describe_mask_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from useg.classes import ClassTable
 from useg.config import Settings
-from useg.data.dataset import SPLIT_FOLDERS, Dataset, Pair, pair_name
+from useg.data.dataset import MISSING_ADVICE, SPLIT_FOLDERS, Dataset, Pair, pair_name
 from useg.data.duplicates import (
     compute_signatures,
     count_class_pixels,
@@ -30,7 +30,7 @@ from useg.data.duplicates import (
 )
 from useg.data.file_names import strip_role_words
 from useg.data.layouts import find_dataset
-from useg.errors import DataError, SettingsError, choose
+from useg.errors import DataError, SettingsError, choose, format_count
 from useg.files import natural_key
 from useg.images.formats import ALL_PAGES
 
@@ -251,10 +251,12 @@ def _describe_few(number: int, dataset: Dataset) -> str:
         if len(dataset.of("val")) > 1
         else ""
     )
+    others = format_count(len(dataset.images), "image")
     return (
         f"all {len(dataset.pairs)} images with masks are in the split {' or '.join(splits)}, so "
         f"none is left for training; add images with masks{advice}, or give some of these another "
         "split in a split.csv (image,split)"
+        + (f". {others} without a mask: {MISSING_ADVICE}" if dataset.images else "")
     )
 
 

@@ -115,10 +115,10 @@ def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
             f"rare classes (below {100 * MAX_RARE_SHARE:.1f} % of the pixels): {join_names(rare)}",
             "expect low scores for them; add images that show them, and read the scores per class",
         )
-    yield from _missing_classes(data)
+    yield from _missing_classes(data, pixels)
 
 
-def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
+def _missing_classes(data: MeasuredDataset, pixels: NDArray[np.int64]) -> Iterator[Finding]:
     names = data.dataset.classes.names
     train, val = (
         sum_class_pixels(data, [each for each in data.complete if each.pair.split == split])
@@ -136,7 +136,7 @@ def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
             f"{'it' if len(missing) == 1 else 'them'}",
             "hold out other images with a split.csv",
         )
-    if missing := [names[k] for k in np.flatnonzero((val > 0) & (train == 0))]:
+    if missing := [names[k] for k in np.flatnonzero((pixels > 0) & (train == 0))]:
         yield Finding(
             "class missing from training",
             "warning",

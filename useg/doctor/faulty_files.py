@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from useg.classes import Label
-from useg.data.dataset import Pair
+from useg.data.dataset import MISSING_ADVICE, Pair
 from useg.data.duplicates import ORIENTATIONS
 from useg.doctor.alignment import find_best_orientation, orientation_change
 from useg.doctor.measure import (
@@ -108,7 +108,8 @@ def _unpaired(
         "error",
         files,
         message,
-        f"add the {missing} under the same name or remove the {present}",
+        f"add the {missing} under the same name or remove the {present}"
+        + (f"; {MISSING_ADVICE}" if present == "image" else ""),
         repairs,
     )
 

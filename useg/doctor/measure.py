@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, Label, pack_colors
 from useg.data.dataset import (
     COLOR_FLAG,
+    ClassMasks,
     CodeMap,
     Dataset,
     Pair,
+    find_background,
     is_reduced,
     pair_name,
     read_label,
@@ -377,6 +379,9 @@ def _read_codes_and_band(pair: Pair, dataset: Dataset) -> tuple[CodeMap, int | N
 
 def _read_whole_codes(pair: Pair, dataset: Dataset) -> tuple[CodeMap, int | None]:
     table = dataset.classes
+    if pair.truth == ClassMasks(()) and find_background(table) is None:
+        # The classes are not decided yet.
+        return np.zeros(read_pair_size(pair)[::-1], np.int64), None
     if pair.truth is not None:
         stored = np.full(256, IGNORED_CODE, np.int64)
         stored[: len(table)] = table.values

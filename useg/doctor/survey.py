@@ -476,7 +476,8 @@ def decide_from_measurements(
     measurements = tuple(measurements)
     if not are_classes_deferred(dataset):
         return MeasuredDataset(dataset, measurements)
-    contents = [each.mask.content for each in measurements if each.mask is not None]
+    masks = (each.mask for each in measurements if each.pair.truth is None)
+    contents = [mask.content for mask in masks if mask is not None]
     decision = decide_classes(contents, dataset.classes.ignore, dataset.encoding, dataset.root)
     if decision.table.by_color:
         measurements = tuple(_with_color_codes(each) for each in measurements)

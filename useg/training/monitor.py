@@ -121,17 +121,19 @@ class Monitor:
             self.check_step(step, loss, 1, 0)
 
     def check_classes(self) -> list[Notice]:
-        """Check that most classes occur in the training masks."""
+        """Check that most classes, and more than one, occur in the training masks."""
         missing = [name for name, share in zip(self.names, self.shares, strict=True) if not share]
         num_classes = len(self.names)
-        if 2 * len(missing) <= num_classes or num_classes < 3:
+        num_found = num_classes - len(missing)
+        if not missing or (num_found > 1 and (2 * len(missing) <= num_classes or num_classes < 3)):
             return []
         return self._add(
             Notice(
                 "wrong number of classes",
-                f"only {num_classes - len(missing)} of {num_classes} classes occur in the training "
-                f"masks; missing: {join_names(missing, MAX_NAMES)}",
-                "run useg inspect and check that classes.toml lists the classes of the masks",
+                f"only {num_found} of {num_classes} classes occur in the training masks; missing: "
+                f"{join_names(missing, MAX_NAMES)}",
+                "check with useg inspect that classes.toml lists the classes of the masks, or move "
+                "images that show the missing ones to the split train, in a split.csv",
             )
         )
 
