@@ -94,7 +94,7 @@ def test_scores_of_like_images_and_of_new_groups_are_told_apart(
     first, second = whole.lines()
     assert first.startswith(f"on images like these {100 * whole.near.mean_iou:.1f} %, on a new ")
     assert f"expect {100 * whole.scores.mean_iou:.1f} %" in first
-    assert "all 20 images are scored by a model that has seen none of their group" in second
+    assert "each of the 20 images is scored by a model that has not seen its group" in second
     assert whole.intervals
     assert whole.intervals.num_blocks == 5
 
@@ -154,7 +154,7 @@ def test_without_groups_the_score_says_what_it_is_not(tmp_path: Path) -> None:
     result = useg.train_folds(folder, tmp_path / "out", 2, settings=SETTINGS)
     assert result.near is None
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    assert "scores on other places or recordings are not known" in result.lines()[1]
+    assert "scores on other places or recordings are unknown" in result.lines()[1]
 
 
 def test_time_is_for_all_models_together(
@@ -193,7 +193,7 @@ def test_command_trains_folds_and_refuses_mistakes(
     settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
     command = ["train", str(groups), "--out", out, "--quiet", "--set=train.steps=1"]
     for more, message in (
-        (["--final"], "--final trains a model that --folds K scores; give --folds too"),
+        (["--final"], "--final only works with --folds K; add it"),
         (["--folds", "1"], "1 folds are not possible; choose 2 or more"),
     ):
         with pytest.raises(SystemExit) as ended:

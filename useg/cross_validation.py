@@ -73,15 +73,15 @@ class CrossValidation:
             return [
                 f"out-of-fold mIoU {new} over all {images}, each scored by a model that has not "
                 f"seen it ({self.by})",
-                "no names show groups: the score applies to images like these, and scores on other "
-                "places or recordings are not known",
+                "file names show no groups: the score applies to images like these; scores on "
+                "other places or recordings are unknown",
             ]
         ious = sorted((self.groups or {}).values())
         return [
             f"on images like these {_in_words(self.near.mean_iou)}, on a new group expect {new} "
             f"mIoU ({self.by})",
-            f"the groups score from {100 * ious[0]:.1f} to {100 * ious[-1]:.1f} %; all {images} "
-            "are scored by a model that has seen none of their group",
+            f"the scores of the groups range from {100 * ious[0]:.1f} to {100 * ious[-1]:.1f} %; "
+            f"each of the {images} is scored by a model that has not seen its group",
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,8 +145,8 @@ def train_folds(
     """
     if distributed.is_distributed():
         raise SettingsError(
-            "folds are trained in one process, and this one belongs to a group; start useg without "
-            "torchrun"
+            "cross-validation runs in one process, but torchrun started several; start useg "
+            "without torchrun"
         )
     out, progress = Path(out), progress or SilentProgress()
     base = read_settings(Path(config)) if config else Settings()

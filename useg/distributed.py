@@ -90,8 +90,8 @@ def _take_own_accelerator() -> None:
     number, available = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
     if number >= available:
         raise MachineError(
-            f"more processes were started on this machine than its {available} GPU(s); start one "
-            "for each GPU, or train on the device cpu"
+            f"this machine has {available} GPU(s), but more processes were started on it; start "
+            "one for each GPU, or train on the device cpu"
         )
     torch.accelerator.set_device_index(number)
 

@@ -425,8 +425,8 @@ def refuse_same_names(paths: Iterable[Path]) -> None:
         if other != path and _ignores_case(path.parent):
             raise DataError(
                 f"{other.name!r} and {path.name!r} would be one file in {path.parent}: its disk "
-                "does not distinguish capital from small letters, or two encodings of an accent; "
-                "rename one of the images, or choose a folder on another disk"
+                "ignores the case of letters, or how an accent is encoded; rename one of the "
+                "images, or choose a folder on another disk"
             )
 
 

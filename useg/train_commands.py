@@ -131,7 +131,7 @@ def train_command(
     # A mistake in the settings is reported at once, before torch is loaded.
     Settings().with_(settings)
     if final and folds is None:
-        raise SettingsError("--final trains a model that --folds K scores; give --folds too")
+        raise SettingsError("--final only works with --folds K; add it")
     from useg.api import train
     from useg.distributed import is_main_process
 

@@ -41,7 +41,8 @@ def test_groups_are_held_out_whole() -> None:
     for names, count, where in ((RECORDINGS, 5, 3), (PATIENTS, 5, 5)):
         folds = make_folds(dataset_of_names(*names), count)
         assert len(folds.folds) == where
-        assert f"{where} folds of {len({n.split('_')[0] for n in names})} groups" in folds.by
+        num_groups = len({n.split("_")[0] for n in names})
+        assert f"{where} folds of whole groups; file names show {num_groups} groups" in folds.by
         for fold in folds.folds:
             inside, outside = (
                 {pair.image.stem.split("_")[0] for pair in pairs}
@@ -88,7 +89,7 @@ def test_kinds_are_no_groups() -> None:
 
 def test_near_duplicates_stay_together_at_random(tmp_path) -> None:
     folds = make_folds(write_blob_dataset(tmp_path), 4)
-    assert "near duplicates together" in folds.by
+    assert "near duplicates stay together" in folds.by
     sides = [{pair.image.stem for pair in fold.dataset.of("val")} for fold in folds.folds]
     assert sum({"ash", "kale"} <= side for side in sides) == 1
     assert sorted(map(len, sides)) == [5, 5, 5, 5]

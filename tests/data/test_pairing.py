@@ -125,7 +125,7 @@ def test_names_that_agree_only_if_two_words_change_places_are_refused(tmp_path):
         for k in numbers:
             write_image(tmp_path / "images" / f"{sides[0]}_{k}.png")
             write_mask(tmp_path / "masks" / f"{sides[1]}_mask_{k}.png")
-    with pytest.raises(DataError, match=r"agree only if 'left' and 'right' change places"):
+    with pytest.raises(DataError, match=r"match only if 'left' and 'right' are swapped"):
         find_dataset(tmp_path)
     # The control: other words may change.
     for path in [*(tmp_path / "masks").glob("left*")]:

@@ -91,7 +91,7 @@ def test_pages_in_colour_are_images_and_as_many_pages_as_bands_are_one(tmp_path:
     expected = predictor(np.moveaxis(pages(3), 0, -1).copy())
     assert (read_mask(tmp_path / "out/bands.png") == expected).all()
     assert outcome.notes[0].startswith("2 files are stacks, such as ")
-    assert "bands.tif' are the bands of one image, because the model takes as" in outcome.notes[1]
+    assert "bands.tif' are the bands of one image, because the model takes that" in outcome.notes[1]
 
 
 def test_all_outputs_are_those_of_pages(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_masks_that_are_stretched_one_by_one_are_refused(tmp_path: Path, missing
         ids = ids.reshape(label.shape)
         save(tmp_path / "images" / f"{k}.png", image)
         save(tmp_path / "masks" / f"{k}.png", (ids / ids.max() * 255).astype(np.uint8))
-    with pytest.raises(DataError, match=r"each mask seems to be stretched to 0 to 255 alone"):
+    with pytest.raises(DataError, match=r"each mask seems to be stretched to 0 to 255 separately"):
         find_dataset(tmp_path)
 
 
@@ -412,7 +412,7 @@ def test_masks_before_an_event_with_fewer_classes_are_mentioned(tmp_path: Path) 
             mask = np.minimum(label, 1) if state == "pre" else label
             save(tmp_path / "targets" / f"fire_{k}_{state}_disaster_target.png", mask)
     (note,) = (note for note in find_dataset(tmp_path).notes if "pre" in note)
-    assert "so 1 may mean another class" in note
+    assert "so 1 may mean different classes" in note
 
 
 def test_numbered_masks_of_an_image_without_a_plain_one_are_joined(tmp_path: Path) -> None:

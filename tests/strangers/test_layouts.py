@@ -875,7 +875,7 @@ def test_masks_in_a_fourth_band_are_mentioned(tmp_path: Path, suffix: str) -> No
     for k in range(4):
         pixels, label = yard(k)
         save(tmp_path / f"{k}{suffix}", np.dstack([pixels, np.uint8(255) * (label == 3)]))
-    with pytest.raises(DataError, match=r"fourth band .* has few values, like a mask"):
+    with pytest.raises(DataError, match=r"fourth band.* has only a few values, like a mask"):
         find_dataset(tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_a_gpu_that_waits_for_crops_is_not_told_to_use_a_faster_disk() -> None:
         assert [notice.kind for notice in notices] == ["waiting for pictures"]
         texts.append(str(notices[0]))
     assert ["disk" in text for text in texts] == [True, False]
-    assert "the GPU is not busy: 60 % of each step is spent waiting" in texts[1]
+    assert "the GPU is partly idle: 60 % of each step is spent waiting" in texts[1]
 
 
 def test_memorised_labels_are_overfitting(tmp_path):

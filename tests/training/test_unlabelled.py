@@ -128,7 +128,7 @@ def text(k: int) -> np.ndarray:
     ("count", "draw", "reason"),
     [
         (3, lambda k: draw_shapes(np.random.default_rng(k))[0], "3 images, but 4 or more are"),
-        (6, noise, "are noise: neighbouring pixels correlate by"),
+        (6, noise, "are noise: the correlation of neighbouring pixels is"),
         (6, lambda k: np.zeros(SIZE, np.uint8), "show nothing"),
         (6, text, "show nothing"),
     ],

@@ -271,7 +271,7 @@ def test_few_held_out_images_do_not_choose_the_model_before_training(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, said = spoil(run, tmp_path, 3, monkeypatch)
-    assert "on the 3 held-out images, which are too few to prefer it to the trained one" in said
+    assert "on the 3 held-out images, too few to decide between it and the trained model" in said
     assert load_model(kept.out).provenance["step"] == 3
 
 

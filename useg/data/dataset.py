@@ -388,8 +388,8 @@ def _read_values(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
     _, alpha = read_mask_and_alpha(pair.mask, page=pair.page)
     if alpha is None:
         raise DataError(
-            f"mask '{pair.mask}' has no transparency, but in the other masks that is what differs; "
-            "save it like the others, or set alpha = false in dataset.toml"
+            f"mask '{pair.mask}' has no transparency, but the other masks store the classes in "
+            "theirs; save it like the others, or set alpha = false in dataset.toml"
         )
     return alpha
 

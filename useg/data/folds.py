@@ -148,15 +148,18 @@ def make_folds(dataset: Dataset, count: int) -> Folds:
     sequences = find_sequences(pairs) if not groups and are_numbered(pairs) else []
     if groups:
         numbers, count = _divide_units(groups, count)
-        by = f"{count} folds of {len(set(groups))} groups by name (such as {groups[0]}), whole"
+        by = (
+            f"{count} folds of whole groups; file names show {len(set(groups))} groups, such as "
+            f"{groups[0]}"
+        )
     elif sequences:
         numbers, count = _cut_blocks(pairs, sequences, count)
-        by = f"{count} folds, each a block of every sequence"
+        by = f"{count} folds; each holds out one block of every sequence"
     else:
         is_quick = is_quick_to_compare(pairs)
         units = group_duplicates(dataset, pairs) if is_quick else [str(p.image) for p in pairs]
         numbers, count = _divide_units(units, count)
-        by = f"{count} folds at random, near duplicates together"
+        by = f"{count} random folds; near duplicates stay together"
     folds = tuple(
         _make_fold(dataset, pairs, numbers, fold, groups, sequences) for fold in range(count)
     )
@@ -170,7 +173,8 @@ def _divide_units(units: Sequence[str], count: int) -> tuple[list[int], int]:
     count = min(count, len(sizes))
     if count < 2:
         raise DataError(
-            "all images are near duplicates of each other, so none can be held out; add others"
+            "all images are near duplicates of each other, so none can be held out; add different "
+            "ones"
         )
     held = [0] * count
     fold_of = {}

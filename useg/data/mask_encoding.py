@@ -56,8 +56,8 @@ _NUMBERED_OBJECTS = (
     "objects = false in dataset.toml makes each value a class"
 )
 _UNCLEAR_OBJECTS = (
-    "nearly every value but 0 is one connected region, at another place in each mask; if the "
-    "values number objects, set objects = true in dataset.toml, otherwise ignore this note"
+    "nearly every value but 0 is one connected region, whose place differs from mask to mask; if "
+    "the values number objects, set objects = true in dataset.toml, otherwise ignore this note"
 )
 
 

@@ -123,7 +123,7 @@ def describe_states(masks: Sequence[MaskContent]) -> Iterator[str]:
             shared = join_some([value for value in before if value])
             yield (
                 f"masks called '{states[0]}' have the values {join_some(before)}, and those called "
-                f"'{states[1]}' {join_some(after)}, so {shared} may mean another class in them; if "
+                f"'{states[1]}' {join_some(after)}, so {shared} may mean different classes; if "
                 "so, choose the images and masks of one kind in dataset.toml, otherwise ignore "
                 "this note"
             )
@@ -273,8 +273,8 @@ def describe_stretched(masks: Sequence[MaskContent]) -> str:
     return (
         f"the {'colours' if are_colors else 'values'} of '{steps[few].path}' are {what}, and those "
         f"of '{steps[many].path}' {else_what}: each mask seems to be stretched to "
-        f"{'a range of colours' if are_colors else '0 to 255'} alone, as for display, so one value "
-        "means different classes; save the ids themselves"
+        f"{'a range of colours' if are_colors else '0 to 255'} separately, as for display, so one "
+        "value means different classes; save the ids themselves"
     )
 
 

@@ -161,9 +161,9 @@ def _refuse_exchanged_names(parts: Sequence[ChosenPairs], files: NamedFiles) -> 
         if words[0] and words[1]:
             image, mask = (files.paths[name] for name in next(iter(one.link.partners.items())))
             raise DataError(
-                f"the names of images and masks agree only if {words[0][0]!r} and {words[1][0]!r} "
-                f"change places, as for '{image}' and '{mask}', so they may be paired wrongly; "
-                "give each mask the name of its image, or one that only adds a word to it"
+                f"the names of images and masks match only if {words[0][0]!r} and {words[1][0]!r} "
+                f"are swapped, as in '{image}' and '{mask}', so useg may pair the wrong files; "
+                "give each mask the name of its image, with or without a word added to it"
             )
 
 

@@ -114,8 +114,8 @@ def describe_scribbles(pairs: Sequence[Pair], encoding: MaskEncoding, folder: Pa
     stored = found.unlabelled % COLOR_FLAG
     shown = f"0x{stored:06x}" if found.unlabelled >= COLOR_FLAG else str(stored)
     begin = (
-        f"the masks look like scribbles: a few strokes on pixels of the value {shown}, which end "
-        "where the images do not change"
+        f"the masks look like scribbles: a few strokes on pixels of the value {shown}, and the "
+        "strokes end where the images have no edges"
     )
     if len(found.strokes) < 2:
         return (

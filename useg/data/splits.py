@@ -408,7 +408,8 @@ def _split_stratified(
     num_duplicates = sum(count for count in Counter(groups).values() if count > 1)
     parts = ["random, by a hash of the name"]
     parts += [f"{num_duplicates} near duplicates kept together"] if num_duplicates else []
-    parts += [f"{num_moved} moved so that all classes are on both sides"] if num_moved else []
+    if num_moved:
+        parts.append(f"{num_moved} moved so that training and validation have all classes")
     return _to_splits(held), "; ".join(parts)
 
 

@@ -180,9 +180,9 @@ def _advise_object_masks(folder: Path, images: Sequence[Path]) -> str:
         return ""
     first = stems[masks[0].stem.partition("_")[0]]
     return (
-        f"The names of {format_count(len(masks), 'file')} such as '{masks[0]}' are those of an "
-        "image, a word and more, as masks of single objects have them. If the word is the class, "
-        "these lines of Python write one mask for each image to the folder OUT:\n"
+        f"The names of {format_count(len(masks), 'file')} such as '{masks[0]}' consist of the "
+        "name of an image and a word, like those of masks of single objects. If the word is the "
+        "class, these lines of Python write one mask for each image to the folder OUT:\n"
         "import numpy, pathlib, PIL.Image, shutil\n"
         f"names, labels, folder = {names}, {{}}, pathlib.Path({str(folder)!r})\n"
         f"images = {{path.stem: path for path in folder.rglob('*{first.suffix}')}}\n"
@@ -276,9 +276,9 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
         return _advise_halves(folder, images, 0 if 0 in halves else 1)
     if images and all(map(_has_mask_as_fourth_band, images[:_NUM_TRIED])):
         return (
-            f"The fourth band of '{images[0]}' and others, or their transparency, has few values, "
-            "like a mask. If it is the mask, save it as a file of its own, such as masks/a.png, "
-            "and the other bands as images/a.png"
+            f"The fourth band, or the transparency, of '{images[0]}' and others has only a few "
+            "values, like a mask. If it is the mask, save it as a separate file, such as "
+            "masks/a.png, and the other bands as images/a.png"
         )
     if alike := find_photograph_sets(folder):
         return (

@@ -289,8 +289,8 @@ def _undrawn_class(
         "class not drawn everywhere",
         "warning",
         files,
-        f"{message}; but by brightness, colour and height these show as much of it, which is "
-        f"{names[instead]} there",
+        f"{message}; but judging by brightness, colour and height, these images show as much of "
+        f"it, and their masks call it {names[instead]}",
         remedy,
         evidence={"beside": beside},
     )

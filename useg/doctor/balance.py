@@ -243,8 +243,9 @@ def check_split_sizes(data: MeasuredDataset) -> Iterator[Finding]:
             f"the images of {split}, such as '{data.name(files[0])}', are "
             f"{ratio:.1f} times {'smaller' if is_smaller else 'larger'} in width and height than "
             "those of train",
-            f"if they show the same things, they are scaled, and so are the scores on {split}: "
-            "save all images at one scale; if they are crops, ignore this warning",
+            f"if they show the same things, their scale differs, and the scores on {split} are "
+            "those of this scale: save all images at one scale; if they are crops, ignore this "
+            "warning",
         )
 
 
@@ -270,7 +271,7 @@ def check_frames(data: MeasuredDataset) -> Iterator[Finding]:
             tuple(each.pair.mask for each in masks),
             f"the outermost {format_count(width, 'pixel')} of every mask, such as "
             f"'{data.name(masks[0].pair.mask)}', are {data.dataset.classes.names[k]}, like a frame "
-            "at which everything else ends",
+            "that cuts off everything else",
             "if the images show other classes there, store an ignored value (255) in the frame, or "
             "crop images and masks",
         )

@@ -349,15 +349,15 @@ def check_renumbered_masks(data: MeasuredDataset) -> Iterator[Finding]:
 def _renumbered_masks(
     data: MeasuredDataset, files: Sequence[Path], *, are_first: bool, is_likely: bool
 ) -> Finding:
-    values = "from 0 on without a gap" if are_first else "0 and 255"
+    values = "0, 1, 2 and so on without a gap" if are_first else "0 and 255"
     masks = f"{format_count(len(files), 'mask')}, such as '{data.name(files[0])}',"
-    message = f"every mask has the values {values}, although {masks} have fewer than others"
+    message = f"every mask has the values {values}, although {masks} have fewer values than others"
     remedy = (
-        "save one value for a class in all masks: np.unique(return_inverse=True), LabelEncoder or "
-        "stretching to 0-255 gives the classes of each mask other values"
+        "save each class with the same value in all masks: np.unique(return_inverse=True), "
+        "LabelEncoder and stretching to 0-255 number the classes of each mask separately"
     )
     if is_likely:
-        message += "; judging by position and brightness, their values mean other classes"
+        message += "; judging by position and brightness, their values mean different classes"
         return Finding(RENUMBERED_KIND, "warning", tuple(files), message, remedy)
     message += ": each mask may have been renumbered on its own"
     return Finding(RENUMBERED_KIND, "note", (), message, f"{remedy}; otherwise ignore this note")

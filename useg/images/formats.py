@@ -267,7 +267,7 @@ def check_declared_size(width: int, height: int, bytes_per_pixel: int, max_pixel
         raise ValueError(f"it declares a size of {width}x{height}")
     if max(width, height) > _MAX_SIDE:
         raise ValueError(
-            f"it declares a size of {width}x{height}, and a side has at most {_MAX_SIDE:,} pixels"
+            f"it declares {width}x{height} pixels, but a side can have at most {_MAX_SIDE:,}"
         )
     num_pixels, max_bytes = width * height, max_pixels * MAX_BYTES_PER_PIXEL
     if num_pixels > max_pixels or num_pixels * bytes_per_pixel > max_bytes:

@@ -139,7 +139,7 @@ def _read_npy_array(file: BinaryIO) -> _NpyArray:
         )
     if by_columns and _count_npy_pages(shape) > 1:
         raise UnreadableError(
-            "its values are in Fortran order, in which its images are not in one piece",
+            "its values are in Fortran order, so each of its images is scattered over the file",
             "save it in C order, in Python: "
             "numpy.save(file, numpy.ascontiguousarray(numpy.load(file)))",
         )

@@ -404,7 +404,7 @@ def _describe_pages(images: Sequence[LabelledImage]) -> list[str]:
         others = f"{format_count(len(bands), 'file')}, such as " if len(bands) > 1 else ""
         notes.append(
             f"the pages of {others}'{bands[0]}' are the bands of one image, because the model "
-            "takes as many"
+            "takes that many bands"
         )
     return notes
 

@@ -115,10 +115,14 @@ class Extras:
 class CountSettings:
     """:class:`Extras` with class ids instead of names and the ignore mask in memory.
 
-    Args: ignored: ``(h, w)``, 1 where pixels are left out; None if all pixels count. tolerance:
-    as in :class:`Extras`. objects: id of the class whose regions are objects. membranes: id of
-    the membrane class. tile: as in :class:`Extras`. object_classes: ids of the classes whose
-    objects the truth distinguishes, if they are scored.
+    Args:
+        ignored: ``(h, w)``, 1 where pixels are left out; None if all pixels count.
+        tolerance: as in :class:`Extras`.
+        objects: id of the class whose regions are objects.
+        membranes: id of the membrane class.
+        tile: as in :class:`Extras`.
+        object_classes: ids of the classes whose objects the truth distinguishes, if they are
+            scored.
     """
 
     ignored: NDArray[np.uint8] | None

@@ -245,7 +245,7 @@ def _explain_waiting(share: float, cuts_on_device: bool) -> Notice:
     if cuts_on_device:
         return Notice(
             "waiting for pictures",
-            f"the GPU is not busy: {waits}, whose crops the processor draws",
+            f"the GPU is partly idle: {waits}, because the CPU cuts the crops too slowly",
             "use the time for larger images or a larger network, or set train.augment = false",
         )
     return Notice(

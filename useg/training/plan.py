@@ -408,8 +408,8 @@ class _Planner:
         kept_at = self.label_statistics.iou_after_reduction
         while size != frame and (kept := kept_at(size[0] / frame[0])) < least:
             reason = (
-                f"{whole} not cut; at the next smaller size fine labels would keep an IoU of only "
-                f"{100 * kept:.0f} % with the original labels"
+                f"{whole} not cut; labels with fine structures, reduced to the next smaller size, "
+                f"would reach an IoU of only {100 * kept:.0f} % with the original labels"
             )
             pixels *= 2
             size = _reduce(frame, pixels, self.network.stride)
@@ -460,14 +460,14 @@ class _Planner:
         # Twice the width costs nearly four times as much.
         width = PAPER_WIDTH if spare >= 16 else 32 if spare >= 4 else DEFAULT_WIDTH
         if width == PAPER_WIDTH:
-            reason = "the paper's width: there is time for it"
+            reason = "the paper's width, for which there is time"
         elif self.is_timed:
             reason = (
                 f"a wider network (the paper has {PAPER_WIDTH}) would see fewer than "
                 f"{MIN_CROPS_PER_RUN:,} crops in the time"
             )
         else:
-            reason = f"light, because no time is set (the paper has {PAPER_WIDTH})"
+            reason = f"fast to train, because no time is set (the paper has {PAPER_WIDTH})"
         self.decide("model.width", width, reason)
 
     def choose_training(self) -> None:

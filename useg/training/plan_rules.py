@@ -228,7 +228,7 @@ def choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
     """Return the highest learning rate and the reason."""
     if model.start:
         rate, _ = choose_learning_rate(model.model_copy(update={"start": None}))
-        return rate * START_RATE, "lower than for a new model, so that less is forgotten"
+        return rate * START_RATE, "lower than for a new model, to keep what was learned before"
     if model.encoder in encoders.ENCODERS:
         return 5e-3, "the rate at which U-Nets with this kind of encoder learn best"
     if model.normalize:
@@ -267,8 +267,8 @@ def choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
             f"{MIN_COARSE_CROP_SIDE} pixels are too small to halve"
         )
     return COARSE_SHARE, (
-        f"{100 * COARSE_SHARE:.0f} % of the steps, in about 40 % of the time, use images at half "
-        "the size, so the model sees more of them"
+        f"{100 * COARSE_SHARE:.0f} % of the steps use images at half the size and take about 40 % "
+        "of the time, so the model sees more images"
     )
 
 

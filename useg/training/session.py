@@ -313,7 +313,7 @@ class TrainingSession:
             return
         if len(val) < MIN_HELD_OUT_TO_KEEP_START:
             scores = score_counts(self.trainer, validate(self.trainer, val).counts)
-            note = ", which are too few to prefer it to the trained one"
+            note = ", too few to decide between it and the trained model"
         else:
             _, scores = self.validate_and_keep_best(0)
             note = ""

@@ -73,8 +73,8 @@ class ColourComparison:
 
     def __str__(self) -> str:
         return (
-            "recoloured like the images without masks, held-out images score mIoU "
-            f"{100 * self.matched:.1f} %, and {100 * self.own:.1f} % as they are"
+            f"held-out images score mIoU {100 * self.matched:.1f} % if they are recoloured like "
+            f"the images without masks, and {100 * self.own:.1f} % as they are"
         )
 
 
@@ -129,16 +129,16 @@ def read_colours(
     likeness, usual = (float(np.median([each for _, each in part])) for part in (found, known))
     if likeness < MIN_LIKENESS_SHARE * usual:
         raise DataError(
-            f"the images in {os.fspath(folder)} are noise: neighbouring pixels correlate by "
-            f"{likeness:.2f}, and by {usual:.2f} in the training images; {way_out}"
+            f"the images in {os.fspath(folder)} are noise: the correlation of neighbouring pixels "
+            f"is {likeness:.2f}, compared with {usual:.2f} in the training images; {way_out}"
         )
     flat, usually_flat = (
         np.mean([_is_flat(colours) for colours, _ in part]) for part in (found, known)
     )
     if flat > 0.5 > usually_flat:
         raise DataError(
-            f"most images in {os.fspath(folder)} show nothing: half of their pixels or more have "
-            f"one value; {way_out}"
+            f"most images in {os.fspath(folder)} show nothing: at least half of their pixels have "
+            f"the same value; {way_out}"
         )
     return np.stack([colours for colours, _ in found])
 
