@@ -166,28 +166,21 @@ def train_folds(
     progress.say(made.by)
     chosen: dict[str, Any] = {"train.validate_every": _NEVER, **(settings or {})}
     length = _length_of_each(minutes, epochs, chosen, base, count)
+    arguments = {"settings": chosen, "config": config, "start": start, **length}
     for number, fold in enumerate(made.folds, 1):
         progress.say(f"fold {number} of {len(made.folds)}")
         place = out / f"fold_{number}"
         if not (place / "report.html").exists():
             run = api.train(
-                fold.dataset,
-                place,
-                settings=chosen,
-                config=config,
-                start=start,
-                resume=True,
-                force=True,
-                progress=progress,
-                **length,
+                fold.dataset, place, **arguments, resume=True, force=True, progress=progress
             )
             if run.interrupted:
                 return _interrupted(out, made, dataset)
         # The first fold has decided everything.
-        chosen, length, config, start = _settings_of(place), {}, None, None
+        arguments = {"settings": _settings_of(place)}
     result = _score_folds(out, made, dataset)
     if final:
-        result = _train_final(dataset, made, out, result, chosen, progress)
+        result = _train_final(dataset, made, out, result, arguments["settings"], progress)
     with locked_folder(out):
         write_json(out / FOLDS_NAME, {**described, **result.as_dict()})
     return result

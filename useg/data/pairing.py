@@ -14,8 +14,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -506,15 +507,50 @@ def _are_named_by_class(folders: Iterable[Sequence[Path]]) -> bool:
     return any(count > 2 and not re.search(r"[0-9]", stem) for stem, count in names.items())
 
 
+class _ObjectFolder(NamedTuple):
+    """An image, and the folder with a mask for each of its objects."""
+
+    image: Path
+    folder: Path
+    masks: list[Path]
+
+
 def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
     """Pair each image with a folder of masks, one per object: ``ID/images/ID.png``, ``ID/masks/``.
 
     The folder may also be called like the image: ``images/ID.png``, ``masks/ID/0.png``.
     """
     folders: dict[Path, list[Path]] = defaultdict(list)
-    stems: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         folders[path.parent].append(path)
+    places = _match_folders(folders)
+    # A folder called 0 of many images' masks does not belong to the image 0 alone.
+    homes = {place.image.parent for place in places}
+    beside = [path for home in homes for path in folders[home]]
+    num_covered = sum(1 + len(place.masks) for place in places)
+    if len(places) < 2 or 2 * len(places) < len(beside) or 2 * num_covered < len(paths):
+        return None
+    if not _mark_objects(places):
+        return None
+    splits = find_official_splits((place.image for place in places), root)
+    pairs = (
+        Pair(image, folder, splits[image], truth=Instances(tuple(masks)))
+        for image, folder, masks in places
+    )
+    rest = sorted({*beside} - {place.image for place in places}, key=natural_key)
+    note = f"{format_count(len(rest), 'image')} without a folder of masks left out"
+    return DetectedLayout(
+        "instances",
+        tuple(sorted(pairs, key=lambda pair: pair.image)),
+        classes=ClassTable(("background", "foreground")),
+        notes=(f"{note}, such as '{rest[0].relative_to(root)}'",) if rest else (),
+    )
+
+
+def _match_folders(folders: Mapping[Path, list[Path]]) -> list[_ObjectFolder]:
+    """Return the folders that hold the masks of one image, among folders and their files."""
+    stems: dict[str, list[Path]] = defaultdict(list)
+    for path in chain.from_iterable(folders.values()):
         stems[plain_stem(path)].append(path)
     # Looking through all folders for each of them would take very long.
     of_images: dict[Path, list[Path]] = defaultdict(list)
@@ -528,39 +564,30 @@ def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | Non
             found = folders.get(beside[0], []) if len(beside) == 1 else []
         else:
             found = _outside_parents(folder, stems.get(folder.name, []))
-        image = found[0] if len(found) == 1 else None
-        if image is not None and image not in masks:
-            places.append((image, folder, masks))
-    # A folder called 0 of many images' masks does not belong to the image 0 alone.
-    homes = {image.parent for image, _, _ in places}
-    beside = [path for home in homes for path in folders[home]]
-    num_covered = sum(1 + len(masks) for _, _, masks in places)
-    if len(places) < 2 or 2 * len(places) < len(beside) or 2 * num_covered < len(paths):
-        return None
-    if _are_named_by_class(masks for _, _, masks in places):
-        return None
-    if any(_has_own_mask(image, masks) for image, _, masks in places):
-        return None
-    several = [masks for _, _, masks in places if len(masks) > 1]
-    if not several or is_photograph(several[0][0]):
-        return None
+        if len(found) == 1 and found[0] not in masks:
+            places.append(_ObjectFolder(found[0], folder, masks))
+    return places
+
+
+def _mark_objects(places: Sequence[_ObjectFolder]) -> bool:
+    """Whether the masks of each image are those of single objects, and not of classes.
+
+    Raises:
+        DataError: They are by several annotators.
+    """
+    several = [place.masks for place in places if len(place.masks) > 1]
+    if (
+        not several
+        or _are_named_by_class(place.masks for place in places)
+        or any(_has_own_mask(place.image, place.masks) for place in places)
+        or is_photograph(several[0][0])
+    ):
+        return False
     marked = _read_marked(several)
     if _cover_whole_image(several, marked):
-        return None
+        return False
     _refuse_several_annotators(several, marked)
-    splits = find_official_splits((image for image, _, _ in places), root)
-    pairs = (
-        Pair(image, folder, splits[image], truth=Instances(tuple(masks)))
-        for image, folder, masks in places
-    )
-    rest = sorted({*beside} - {image for image, _, _ in places}, key=natural_key)
-    note = f"{format_count(len(rest), 'image')} without a folder of masks left out"
-    return DetectedLayout(
-        "instances",
-        tuple(sorted(pairs, key=lambda pair: pair.image)),
-        classes=ClassTable(("background", "foreground")),
-        notes=(f"{note}, such as '{rest[0].relative_to(root)}'",) if rest else (),
-    )
+    return True
 
 
 def _read_marked(several: Sequence[Sequence[Path]]) -> _Marked:

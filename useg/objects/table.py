@@ -423,19 +423,23 @@ def read_object_rows(path: Path) -> Iterator[dict[str, str]]:
             rows = csv.DictReader(file)
             if tuple(rows.fieldnames or ()) != OBJECTS_HEADER:
                 raise ValueError("it has other columns")
-            for row in rows:
-                if row.keys() != set(OBJECTS_HEADER) or None in row.values():
-                    raise ValueError("a row has a different number of cells")
-                for name in OBJECTS_HEADER:
-                    if name in _TEXTS:
-                        row[name] = to_cell(from_cell(row[name]))
-                    elif row[name] and not math.isfinite(float(row[name])):
-                        raise ValueError(f"{row[name]!r} is not finite")
-                yield row
+            yield from map(_check_row, rows)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"'{path}' is not a table of objects ({error}); delete it and label the image again"
         ) from error
+
+
+def _check_row(row: dict[str, str]) -> dict[str, str]:
+    """Return a row with its texts made safe, or raise if a cell is missing or not finite."""
+    if row.keys() != set(OBJECTS_HEADER) or None in row.values():
+        raise ValueError("a row has a different number of cells")
+    for name in OBJECTS_HEADER:
+        if name in _TEXTS:
+            row[name] = to_cell(from_cell(row[name]))
+        elif row[name] and not math.isfinite(float(row[name])):
+            raise ValueError(f"{row[name]!r} is not finite")
+    return row
 
 
 def read_object_map(path: Path) -> NDArray[Any]:

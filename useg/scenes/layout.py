@@ -444,31 +444,31 @@ def _furniture(
         inner = kind != "clutter" or random.chance(0.4)
         x = side * (plan.half + (0.55 if inner else plan.pavement - 0.7))
         scenery.move_to(PAVEMENTS, x, max(z, plan.seen_from(x) + 0.5), _KERB)
-        if kind == "lamp":
-            objects.lamp(scenery, random, -side)
-        elif kind == "mast":
-            objects.utility_pole(scenery, random)
-        elif kind == "light":
-            objects.traffic_light(scenery, random, -side)
-        elif kind == "sign":
-            objects.road_sign(scenery, random)
-        elif kind == "tree":
-            objects.tree(scenery, random, random(4.0, 6.0))
-        else:
-            objects.clutter(scenery, random, plan.parking)
+        match kind:
+            case "lamp":
+                objects.lamp(scenery, random, -side)
+            case "mast":
+                objects.utility_pole(scenery, random)
+            case "light":
+                objects.traffic_light(scenery, random, -side)
+            case "sign":
+                objects.road_sign(scenery, random)
+            case "tree":
+                objects.tree(scenery, random, random(4.0, 6.0))
+            case _:
+                objects.clutter(scenery, random, plan.parking)
     if random.chance(0.35):
-        side = random.pick((-1, 1))
-        z = plan.seen_from(side * plan.half) + random(0, 3)
-        for k in range(3):
-            scenery.move_to(PAVEMENTS, side * (plan.half + 0.35), z + 2.0 * k, _KERB)
-            buildings.fence(
-                scenery,
-                random,
-                "rails",
-                (0, 0, 2.0 if side > 0 else 0.0),
-                (0, 0, -2.0 * side),
-                1.05,
-            )
+        _railing(scenery, random, plan)
+
+
+def _railing(scenery: Scenery, random: RandomSource, plan: StreetPlan) -> None:
+    """Add a railing of three pieces along the kerb of one side."""
+    side = random.pick((-1, 1))
+    z = plan.seen_from(side * plan.half) + random(0, 3)
+    start, along = (0, 0, 2.0 if side > 0 else 0.0), (0, 0, -2.0 * side)
+    for k in range(3):
+        scenery.move_to(PAVEMENTS, side * (plan.half + 0.35), z + 2.0 * k, _KERB)
+        buildings.fence(scenery, random, "rails", start, along, 1.05)
 
 
 def _people(scenery: Scenery, random: RandomSource, plan: StreetPlan) -> None:

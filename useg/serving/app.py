@@ -403,41 +403,43 @@ def _open_inference_routes(service: Service) -> APIRouter:
         if json_length is None:
             most = min(most, open_inference.MAX_JSON_BYTES)
         body = await service.uploads.read(request, most)
-        content = await cancel_on_disconnect(request, infer_body(request, name, body, json_length))
+        content = await cancel_on_disconnect(request, _infer(service, request, body, json_length))
         return PiecesResponse(content, content.headers)
 
-    async def infer_body(
-        request: Request, name: str, body: bytes, json_length: int | None
-    ) -> EncodedPrediction:
-        reservation = service.uploads.reservation(request)
-        text_size = len(body) if json_length is None else json_length
-        parsing_bytes = open_inference.JSON_EXPANSION * text_size
-        wanted = await service.queue_for(len(body), parsing_bytes).run(
-            lambda: open_inference.parse_inference_request(body, json_length),
-            parsing_bytes,
-            reservation,
-        )
-        _, height, width, _ = wanted.images.shape
-        pixels, limit = wanted.images[..., 0].size, service.limits.pixels
-        if pixels > limit:
-            raise HTTPException(
-                413,
-                f"the input has {pixels:,} pixels, more than the allowed {limit:,}; send fewer or "
-                "smaller images",
-            )
-        add_log_fields(request, pixels=pixels)
-        needed = service.work_bytes(width, height)
-        size = open_inference.inference_response_size(wanted, len(service.predictor.classes))
-        reservation.hold_response(size)
-        content = await service.queue_for(len(body), max(needed, size)).run(
-            lambda: open_inference.run_inference(service.predictor, name, wanted),
-            needed,
-            reservation,
-        )
-        reservation.hold_response(content.size, counted=size)
-        return content
-
     return router
+
+
+async def _infer(
+    service: Service, request: Request, body: bytes, json_length: int | None
+) -> EncodedPrediction:
+    """Parse a request of tensors, wait for memory and a thread, and predict its images."""
+    reservation = service.uploads.reservation(request)
+    text_size = len(body) if json_length is None else json_length
+    parsing_bytes = open_inference.JSON_EXPANSION * text_size
+    wanted = await service.queue_for(len(body), parsing_bytes).run(
+        lambda: open_inference.parse_inference_request(body, json_length),
+        parsing_bytes,
+        reservation,
+    )
+    _, height, width, _ = wanted.images.shape
+    pixels, limit = wanted.images[..., 0].size, service.limits.pixels
+    if pixels > limit:
+        raise HTTPException(
+            413,
+            f"the input has {pixels:,} pixels, more than the allowed {limit:,}; send fewer or "
+            "smaller images",
+        )
+    add_log_fields(request, pixels=pixels)
+    needed = service.work_bytes(width, height)
+    size = open_inference.inference_response_size(wanted, len(service.predictor.classes))
+    reservation.hold_response(size)
+    content = await service.queue_for(len(body), max(needed, size)).run(
+        lambda: open_inference.run_inference(service.predictor, service.name, wanted),
+        needed,
+        reservation,
+    )
+    reservation.hold_response(content.size, counted=size)
+    return content
 
 
 def _json_length(request: Request) -> int | None:
