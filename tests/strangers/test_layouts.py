@@ -134,6 +134,80 @@ def test_good_images_without_masks_are_asked_about_and_become_background(tmp_pat
     assert survey.images == (11, 4)
 
 
+@pytest.mark.parametrize(
+    ("image", "mask", "good"),
+    [
+        ("Defect_images/{k}_2.png", "Mask_images/{k}_2_mask.png", "NODefect_images/u7/99{k}7.png"),
+        ("test_public/bad/{k}.png", "test_public/gt/bad/{k}_mask.png", "training/good/1{k}.png"),
+        ("Images/Anomaly/{k}.JPG", "Masks/Anomaly/{k}.png", "Images/Normal/00{k}5.JPG"),
+    ],
+)
+def test_images_in_folders_of_good_things_have_no_mask(
+    tmp_path: Path, image: str, mask: str, good: str
+) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, image, mask)
+        save(tmp_path / good.format(k=k), yard(k + 20)[0])
+    assert len(find_dataset(tmp_path, strict=False).images) == 6
+
+
+def test_half_as_many_images_without_a_mask_as_with_one_are_not_dropped(tmp_path: Path) -> None:
+    for video in range(4):
+        for frame in (100, 245, 390):
+            write_pair(tmp_path, video + frame, f"{video}/{frame}/raw.png", "{k}.png")
+            mask = tmp_path / f"{video + frame}.png"
+            if frame == 390:
+                mask.unlink()
+            else:
+                mask.rename(tmp_path / f"{video}/{frame}/instruments.png")
+    with pytest.raises(DataError, match="4 images without a mask"):
+        find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(("num_pairs", "is_asked"), [(12, True), (1, False)])
+def test_pairs_beside_masks_by_class_are_not_dropped(
+    tmp_path: Path, num_pairs: int, is_asked: bool
+) -> None:
+    for k in range(num_pairs):
+        write_pair(tmp_path, k, "colon/{k:02}/image.png", "colon/{k:02}/mask.png")
+    for k in range(4):
+        image, label = yard(k + 20)
+        save(tmp_path / "several" / f"image{k:02}.png", image)
+        for value, name in enumerate(("colon", "liver", "stomach"), 1):
+            mask = (label == value).astype(np.uint8)
+            save(tmp_path / "several" / f"mask{k:02}_{name}.png", mask)
+    if is_asked:
+        with pytest.raises(DataError, match=r"several/\*_colon.png \(4\)"):
+            find_dataset(tmp_path)
+    else:
+        notes = find_dataset(tmp_path).notes
+        assert any(note.startswith("2 other files left out") for note in notes)
+
+
+def test_lists_of_images_and_masks_are_splits(tmp_path: Path) -> None:
+    for k in range(8):
+        write_pair(tmp_path, k, "video/{k:05}.jpg", "laneseg/video/{k:05}.png")
+    for name, numbers in (("train_gt", range(6)), ("val_gt", range(6, 8))):
+        lines = (f"/video/{k:05}.jpg /laneseg/video/{k:05}.png 1 1 0" for k in numbers)
+        save_text = tmp_path / "list" / f"{name}.txt"
+        save_text.parent.mkdir(exist_ok=True)
+        save_text.write_text("\n".join(lines))
+    dataset = find_dataset(tmp_path)
+    assert splits_of(dataset) == {"train": 6, "val": 2}
+    assert dataset.splits_by == "official: train_gt.txt, val_gt.txt"
+
+
+def test_stacks_of_masks_are_compared(tmp_path: Path) -> None:
+    labels = np.stack([yard(k)[1] for k in range(6)])
+    save(tmp_path / "images" / "a.tif", np.stack([yard(k)[0][..., 0] for k in range(6)]))
+    save(tmp_path / "images" / "b.tif", np.stack([yard(k)[0][..., 1] for k in range(6)]))
+    for name in ("a", "b"):
+        save(tmp_path / "labels-class" / f"{name}.tif", labels)
+        save(tmp_path / "labels-semantic" / f"{name}.tif", np.minimum(labels, 2))
+    with pytest.raises(DataError, match=r"labels-class/\*.tif has up to 4 values in one mask"):
+        find_dataset(tmp_path)
+
+
 def test_surface_normals_beside_images_are_no_images_of_normal_things(tmp_path: Path) -> None:
     for k in range(6):
         write_pair(tmp_path, k, "rgb/{k}_rgb.png", "gt/{k}_gt.png")

@@ -27,7 +27,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from useg.data.ground_truth import (
     name_differences,
 )
 from useg.data.official_splits import find_official_splits, leave_for_prediction
-from useg.data.pairing import match_lists
+from useg.data.pairing import describe_foreign, match_lists
 from useg.errors import DataError, suggest
 from useg.files import natural_key
 from useg.images.image_files import list_image_files
@@ -433,7 +433,9 @@ def make_choice(error: OpenChoiceError, folder: Path) -> DetectedLayout:
     """
     file, files = folder / "dataset.toml", list_image_files(folder)
     joined = _find_class_masks(error.left, folder, file, files)
-    if joined is None or not _are_certain(joined[0], error):
+    found_files = [*joined[1].images, *_list_files(joined[1])] if joined else []
+    rest = sorted({*files} - {*found_files}, key=natural_key)
+    if joined is None or 2 * len(rest) > len(files) or not _are_certain(joined[0], error):
         options = [_describe_class_masks(joined[0])] if joined else []
         for candidate in (*error.left, *error.candidates):
             options.append(_try_settings(candidate, folder, file, files))
@@ -444,7 +446,16 @@ def make_choice(error: OpenChoiceError, folder: Path) -> DetectedLayout:
         f"{globs} became one class each, because their masks hardly overlap; otherwise write the "
         f"globs of the images and of the right masks into {file}"
     )
-    return replace(found, layout="masks by class", notes=(*found.notes, note))
+    notes = (note, describe_foreign(rest, folder)) if rest else (note,)
+    return replace(found, layout="masks by class", notes=(*found.notes, *notes))
+
+
+def _list_files(found: DetectedLayout) -> Iterator[Path]:
+    """Yield the images and masks of pairs with one mask for each class."""
+    for pair in found.pairs:
+        yield pair.image
+        if isinstance(pair.truth, ClassMasks):
+            yield from (path for _, path in pair.truth.masks)
 
 
 def _are_certain(settings: GlobSettings, error: OpenChoiceError) -> bool:

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -124,13 +125,14 @@ def read_points(path: Path) -> NDArray[np.int64] | None:
 
     The points lie at the same places of the picture whatever its size.
     """
-    try:
-        pixels: NDArray[Any] = read_mask(path)
-    except UsageError:
-        try:
-            pixels = read_image(path)
-        except UsageError:
-            return None
+    pixels: NDArray[Any]
+    # Of a stack, the first page.
+    for read in (read_mask, read_image, partial(read_mask, page=0)):
+        with suppress(UsageError):
+            pixels = read(path)
+            break
+    else:
+        return None
     rows, columns = (
         np.arange(min(size, _GRID)) * size // min(size, _GRID) for size in pixels.shape[:2]
     )

@@ -328,7 +328,7 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
     notes = (*chosen, *left, *filter(None, (constant,)))
     if foreign:
         _refuse_other_masks(foreign, found, files)
-        notes += (_describe_foreign(foreign, files.root),)
+        notes += (describe_foreign(foreign, files.root),)
     notes += _describe_mask_folders(found) or _describe_mask_words(found)
     return DetectedLayout(
         layout,
@@ -387,12 +387,14 @@ def _add_empty_folders(
     may also have the surface normals of the same images.
     """
     labelled = set(found)
-    places = {(_generalize_parent(path, files), path.suffix) for path in labelled}
-    groups: dict[str, list[Path]] = defaultdict(list)
+    places = {(_words_beside(path.parent, files), path.suffix.lower()) for path in labelled}
+    groups: dict[frozenset[str], list[Path]] = defaultdict(list)
     for path in files.paths.values():
-        word = re.sub("[^a-z]", "", path.parent.name.casefold())
-        if word in _EMPTY_FOLDERS and (_generalize_parent(path, files), path.suffix) in places:
-            groups[_generalize_parent(path, files)].append(path)
+        folder = _find_empty_folder(path, files.root)
+        words = _words_beside(folder or path, files)
+        kinds = (place for place, suffix in places if suffix == path.suffix.lower())
+        if folder and any(words <= place for place in kinds):
+            groups[words].append(path)
     keys = {_key_of_number(path) for path in (*labelled, *images)}
     empty = {
         path
@@ -404,9 +406,25 @@ def _add_empty_folders(
     return added, tuple(path for path in foreign if path not in empty)
 
 
-def _generalize_parent(path: Path, files: NamedFiles) -> str:
-    """Return the folder of a file's folder, without the names of splits and numbers."""
-    return generalize_folder(path.relative_to(files.root).parent.as_posix())
+def _find_empty_folder(path: Path, root: Path) -> Path | None:
+    """Return the folder called ``good`` and the like in which an image lies, if it does."""
+    if _words_of(path.parent) & MASK_WORDS:
+        return None
+    for folder in (path.parent, path.parent.parent):
+        if root not in folder.parents:
+            return None
+        words = [part.casefold() for part in split_folder(folder.name) if part.isalpha()]
+        if "".join(word for word in words if word not in IMAGE_WORDS) in _EMPTY_FOLDERS:
+            return folder
+    return None
+
+
+def _words_beside(folder: Path, files: NamedFiles) -> frozenset[str]:
+    """Return the words in the path of a folder's parent, without the names of splits."""
+    if folder == files.root:
+        return frozenset()
+    parts = split_name(folder.parent.relative_to(files.root).as_posix().casefold())
+    return frozenset(part for part in parts if part.isalnum() and part not in SPLIT_FOLDERS)
 
 
 def _key_of_number(path: Path) -> str:
@@ -480,7 +498,8 @@ def _refuse_other_masks(
             )
 
 
-def _describe_foreign(foreign: Sequence[Path], root: Path) -> str:
+def describe_foreign(foreign: Sequence[Path], root: Path) -> str:
+    """Say which files are left out."""
     shown = ", ".join(f"'{path.relative_to(root)}'" for path in foreign[:_NUM_NAMED])
     more = f" and {len(foreign) - _NUM_NAMED} more" if len(foreign) > _NUM_NAMED else ""
     return (

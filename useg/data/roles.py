@@ -263,7 +263,7 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
             (
                 link.partners
                 for link in _links_to_same_masks(main, links)
-                if 2 * len(link.partners) >= len(images)
+                if 2 * len(link.partners) > len(images)
             ),
             files,
         )

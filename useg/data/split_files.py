@@ -38,7 +38,8 @@ from useg.parsing import (
 _LIST_WORDS = frozenset(
     [
         *("list", "lists", "split", "splits", "id", "ids", "file", "files", "name", "names"),
-        *("set", "image", "images", "img", "imgs", "seg", "filenames"),
+        *("set", "image", "images", "img", "imgs", "seg", "filenames", "gt", "label", "labels"),
+        *("mask", "masks"),
     ]
 )
 _SPLIT_WORDS = frozenset(
