@@ -215,6 +215,22 @@ def test_surface_normals_beside_images_are_no_images_of_normal_things(tmp_path: 
     assert len(find_dataset(tmp_path).pairs) == 6
 
 
+def test_images_that_no_annotation_file_names_become_background(tmp_path: Path) -> None:
+    rows = ["ImageId,EncodedPixels"]
+    for k in range(6):
+        save(tmp_path / "train" / f"{k}.png", yard(k)[0])
+        rows += [f"{k}.png,{100 + k} 9"] * (k % 2)
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    dataset = find_dataset(tmp_path)
+    assert len(dataset.pairs) == 3
+    assert any("names 3 images beside the annotated ones" in note for note in dataset.notes)
+    (tmp_path / "dataset.toml").write_text('missing = "background"')
+    dataset = find_dataset(tmp_path)
+    marked = [int((read_label(pair, dataset) == 1).sum()) for pair in dataset.pairs]
+    assert marked == [0, 9, 0, 9, 0, 9]
+    assert splits_of(dataset)["train"] > 3
+
+
 @pytest.mark.parametrize(("value", "is_clear"), [(0, True), (1, False)])
 def test_images_without_masks_need_a_background(tmp_path: Path, value: int, is_clear: bool) -> None:
     for k in range(4):

@@ -160,7 +160,8 @@ class DetectedLayout:
     """What a recognizer found in a folder; fields as in :class:`Dataset`.
 
     ``classes`` is None if the classes must be inferred from the masks. ``field_of_view`` is a glob
-    of masks that show where the images are valid.
+    of masks that show where the images are valid. ``unnamed`` are images beside annotated ones that
+    no annotation file names.
     """
 
     layout: str
@@ -173,6 +174,7 @@ class DetectedLayout:
     notes: tuple[str, ...] = ()
     field_of_view: str = ""
     skipped: tuple[SkippedPart, ...] = ()
+    unnamed: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

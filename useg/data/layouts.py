@@ -181,7 +181,7 @@ def _find_dataset_toml(root: Path) -> Path:
 def _find_layout(folder: Path, file: Path, settings: GlobSettings, strict: bool) -> DetectedLayout:
     """Find the pairs: recognised or described, with official splits, one for each page."""
     found = _recognize(folder, file, settings)
-    if settings.missing and found.images:
+    if found.unnamed or (settings.missing and found.images):
         found = _settle_missing(found, folder, settings.missing)
     if settings.globs:
         found = _split_by_globs(found, folder, settings.globs)
@@ -206,18 +206,23 @@ def _split_by_globs(
 
 def _settle_missing(found: DetectedLayout, folder: Path, missing: str) -> DetectedLayout:
     """Leave out images without a mask, or take them as background, if ``missing`` says so."""
-    note = f"{format_count(len(found.images), 'image')} without a mask"
+    images = [*found.images, *found.unnamed]
+    note = f"{format_count(len(images), 'image')} without a mask"
     pairs = found.pairs
     if missing == "background":
-        images = [*found.images, *(pair.image for pair in pairs)]
-        splits = find_splits(images, folder, images)
-        if not any(pair.split for pair in pairs):
-            splits = dict.fromkeys(images, "")
-        added = (Pair(path, path, splits[path], truth=ClassMasks(())) for path in found.images)
+        everything = [*images, *(pair.image for pair in pairs)]
+        has_splits = any(pair.split for pair in pairs)
+        splits = find_splits(everything, folder, everything) if has_splits else {}
+        added = (Pair(path, path, splits.get(path, ""), truth=ClassMasks(())) for path in images)
         pairs = tuple(sorted((*pairs, *added), key=lambda pair: natural_key(pair.image)))
         note += ', background everywhere, as missing = "background" in dataset.toml says'
     elif missing == "skip":
         note += " left out"
+    elif found.unnamed:
+        count = format_count(len(found.unnamed), "image")
+        note = f"no annotation file names {count} beside the annotated ones, such as "
+        note += f"'{found.unnamed[0].name}'; useg leaves them out; {MISSING_ADVICE}"
+        return replace(found, notes=(*found.notes, note))
     else:
         return found
     return replace(found, pairs=pairs, images=(), notes=(*found.notes, note))

@@ -348,12 +348,17 @@ def _to_layout(
         for image, entry in sorted(entries.items(), key=lambda item: natural_key(item[0]))
     )
     classes = annotations.classes
+    drawings = (entry.drawing for _, entry in located)
+    stored = {shape.mask.path for each in drawings for shape in each.shapes if shape.mask}
+    others = {*reading.images} - {image for image, _ in located} - stored
+    folders = {image.parent for image in entries}
     return DetectedLayout(
         annotations.layout,
         tuple(pairs),
         classes=classes,
         notes=(*annotations.notes, *_describe_spellings(classes.names)),
         skipped=tuple(dict.fromkeys(reading.skipped)),
+        unnamed=tuple(path for path in reading.images if path in others and path.parent in folders),
     )
 
 

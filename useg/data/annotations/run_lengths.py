@@ -32,7 +32,7 @@ from useg.data.annotations.formats import (
 from useg.data.annotations.shapes import Drawing, RunLengths, Shape, decode_rle
 from useg.data.dataset import pick_evenly
 from useg.data.scribbles import edge_ratio
-from useg.errors import DataError, UsageError, format_count
+from useg.errors import DataError, UsageError
 from useg.files import natural_key
 from useg.images.image_files import read_image
 from useg.parsing import decode_text, find_separator, open_file
@@ -242,8 +242,8 @@ def _read_table(
         for image, entry in entries.items()
     )
     all_names = {name for rows in found.values() for name in rows.names}
-    notes = (note, *notes, *_describe_unlisted(path, entries.values(), reading))
-    return Annotations("run lengths", drawn, tuple(sorted(all_names, key=natural_key)), notes=notes)
+    names = tuple(sorted(all_names, key=natural_key))
+    return Annotations("run lengths", drawn, names, notes=(note, *notes))
 
 
 def _read_rows(
@@ -498,18 +498,3 @@ def _find_order(
         f"the run lengths in {file} are read down the columns of the images, as is usual, but the "
         "images do not confirm it; check some masks on the page of useg inspect --html"
     )
-
-
-def _describe_unlisted(
-    path: Path, entries: Iterable[AnnotatedImage], reading: Reading
-) -> Iterator[str]:
-    """Say that there are images that are not listed, which may have no objects."""
-    listed = {image for entry in entries if (image := reading.find(entry)) is not None}
-    places = {image.parent for image in listed}
-    rest = [image for image in reading.images if image.parent in places and image not in listed]
-    if rest:
-        yield (
-            f"{format_count(len(rest), 'image')}, such as '{rest[0].name}', not named in any row "
-            f"of {path.name}: left out; for an image without objects, add a row with empty run "
-            "lengths"
-        )
