@@ -120,7 +120,7 @@ def test_what_is_not_a_file_is_never_recognized_and_never_waited_for(
     make[kind]()
     assert not ownership.is_own_picture(path)
     if kind != "missing":
-        with pytest.raises(DataError, match=r"would replace it: .*a\.png; choose"):
+        with pytest.raises(DataError, match=r"would replace a file .*a\.png; choose"):
             ownership.refuse_foreign_files([(path, ownership.is_own_picture)])
 
 
@@ -128,5 +128,6 @@ def test_foreign_files_are_counted_and_the_first_are_named(tmp_path: Path) -> No
     for k in range(9):
         (tmp_path / str(k)).touch()
     targets = [(path, ownership.recognize_none) for path in sorted(tmp_path.iterdir())]
-    with pytest.raises(DataError, match=r"these 9 files.*: \S+0, \S+1, \S+2 and 6 more; choose"):
+    counted = r"would replace 9 files .*: \S+0, \S+1, \S+2 and 6 more; choose"
+    with pytest.raises(DataError, match=counted):
         ownership.refuse_foreign_files(targets)

@@ -1,4 +1,4 @@
-"""Text of strangers is parsed or refused with a ValueError, in little time and memory."""
+"""Untrusted text is parsed or refused with a ValueError, in little time and memory."""
 
 from __future__ import annotations
 

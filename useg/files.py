@@ -237,8 +237,8 @@ def _put_folder_in_place(draft: Path, place: Path, is_own: Recognizer) -> None:
         # From now on, nobody finds it any more.
         if not is_own(old):
             raise DataError(
-                f"somebody has changed {place} while useg was about to replace it; move the files "
-                "that are not useg's away, and run the command again"
+                f"another program changed {place} while useg was about to replace it; move the "
+                "files that useg did not write out of it, and run the command again"
             )
         draft.rename(place)
     except BaseException:

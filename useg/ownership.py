@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from useg.errors import DataError, MachineError, format_count
+from useg.errors import DataError, MachineError
 
 # Whether useg wrote a file of the kind that is to replace it.
 Recognizer = Callable[[Path], bool]
@@ -93,13 +93,12 @@ def refuse_foreign_files(
         return
     names = ", ".join(str(path) for path in foreign[:_NAMES_IN_MESSAGE])
     more = len(foreign) - _NAMES_IN_MESSAGE
-    count = format_count(len(foreign), "file")
+    is_one = len(foreign) == 1
     raise DataError(
-        f"useg did not write {'this file' if len(foreign) == 1 else f'these {count}'}, or somebody "
-        f"has changed {'it' if len(foreign) == 1 else 'them'} since, and this job would replace "
-        f"{'it' if len(foreign) == 1 else 'them'}: {names}"
+        f"this job would replace {'a file' if is_one else f'{len(foreign):,} files'} that useg did "
+        f"not write, or that {'was' if is_one else 'were'} changed since: {names}"
         f"{f' and {more:,} more' if more > 0 else ''}; {advice}, or move "
-        f"{'it' if len(foreign) == 1 else 'them'} away first"
+        f"{'it' if is_one else 'them'} away first"
     )
 
 

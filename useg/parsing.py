@@ -1,4 +1,4 @@
-r"""Text that a stranger may have written: parse JSON, TOML and YAML, and escape names for display.
+r"""Untrusted text: parse JSON, TOML and YAML safely, and escape names for display.
 
 The parsers of the standard library accept NaN and infinity in JSON, raise ``RecursionError`` for
 deep nesting, and take gigabytes for some short TOML. PyYAML reads the name ``no`` as ``False``.

@@ -156,7 +156,7 @@ def test_what_cannot_be_adapted_is_refused(model: Path, pictures: Path, tmp_path
         useg.adapt(model, pictures, out)
     (out / "run.toml").unlink()
     (out / "model.safetensors").write_bytes(b"somebody's")
-    with pytest.raises(DataError, match="useg did not write this file"):
+    with pytest.raises(DataError, match="would replace a file that useg did not write"):
         useg.adapt(model, pictures, out)
 
 

@@ -188,7 +188,7 @@ def test_a_label_map_of_another_program_stays(
     for out in (local(tmp_path / "out"), memory):
         out.write("a.1.png", b"of another program")
         rows = make_worker(local(folder), out)(block(["a.1.jpg", "b.png"]))
-        assert "useg did not write 1 file that this job would replace" in rows["reason"][0]
+        assert "this job would replace 1 file that useg did not write" in rows["reason"][0]
         assert rows["reason"][1] == ""
         assert out.read("a.1.png") == b"of another program"
     out = local(tmp_path / "out")

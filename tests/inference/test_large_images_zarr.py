@@ -409,7 +409,7 @@ def test_wrong_targets_are_refused(tmp_path):
     other = write(tmp_path / "other.zarr", textured_image(20, 20))
     with pytest.raises(
         UsageError,
-        match=r"useg did not write this file.*other\.zarr; choose another folder",
+        match=r"would replace a file that useg did not write.*other\.zarr; choose another folder",
     ):
         predict_large_image(predictor, folder, other)
     assert open_zarr(other).shape == (20, 20, 3)

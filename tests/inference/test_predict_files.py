@@ -440,7 +440,7 @@ def test_files_of_another_program_are_named_and_stay(
         path.parent.mkdir(exist_ok=True)
         for content in (b"", b"\x89PNG", encode_png(np.zeros((20, 30), np.uint8))):
             path.write_bytes(content)
-            with pytest.raises(UsageError, match=f"useg did not write this file.*{name}; choose"):
+            with pytest.raises(UsageError, match=f"useg did not write.*{name}; choose"):
                 predict(Predictor.load(stored), [str(folder)], tmp_path / "out")
             assert path.read_bytes() == content
             assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [path]

@@ -318,7 +318,7 @@ def test_classes_that_cannot_be_written_are_not_taken(tmp_path: Path) -> None:
     folder.patch(0, (0, 0), scene(0)[1], NO_REVISION)
     # Another program.
     write_classes(tmp_path / "classes.toml", ClassTable(("a", "b", "c")))
-    with pytest.raises(DataError, match="useg did not write this file"):
+    with pytest.raises(DataError, match="would replace a file that useg did not write"):
         folder.set_classes([("ground", (1, 2, 3)), ("box", (4, 5, 6))])
     assert folder.table is not None
     assert folder.table.names == ("ground", "square")

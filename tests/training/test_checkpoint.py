@@ -286,7 +286,7 @@ def test_a_link_in_place_of_a_log_is_not_written_through(tmp_path: Path) -> None
     log.symlink_to(foreign)
     with pytest.raises(OSError, match="symbolic links"):
         _open_log(log)
-    with pytest.raises(UsageError, match="useg did not write this file"):
+    with pytest.raises(UsageError, match="would replace a file that useg did not write"):
         _read_log(log, 4)
     # The control: a plain open follows it.
     with open(log, "a") as file:

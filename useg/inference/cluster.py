@@ -412,7 +412,7 @@ def _refuse_foreign_files(
 
 def _foreign_files(out: StorageFolder, paths: Sequence[str]) -> DataError:
     return DataError(
-        f"useg did not write {format_count(len(paths), 'file')} that this job would replace, such "
+        f"this job would replace {format_count(len(paths), 'file')} that useg did not write, such "
         f"as {out.join(paths[0])}; choose another folder for the output"
     )
 

@@ -1,4 +1,4 @@
-"""Check an ONNX or OpenVINO graph that a stranger may have made, before a runtime computes it.
+"""Check an untrusted ONNX or OpenVINO graph before a runtime computes it.
 
 A graph is a program: it can loop, read other files, and ask for any amount of memory. So only the
 operations of useg's own exports are allowed, all weights must lie in the file itself and be finite,

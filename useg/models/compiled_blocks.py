@@ -1,4 +1,4 @@
-"""Blocks of networks in training, computed by one compiled function, as one of autograd.
+"""Compiled versions of whole blocks for training, each as one autograd function.
 
 Features in bf16, channels last, in; the results out. The inverted residual blocks of EfficientNet
 are described to ``blocks.c``, the levels of an expanding path to ``decoder.c``; each computes one

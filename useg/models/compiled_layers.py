@@ -1,4 +1,4 @@
-"""Layers of a network in training, computed by compiled functions, as functions of autograd.
+"""Compiled versions of single layers for training, as autograd functions.
 
 Features in bf16, channels last, in; the same out. Each compiled function has a Python function
 beside it, which makes the results' tensors. What PyTorch needs for gradients is at the end.

@@ -1,6 +1,6 @@
 """What every model file says about a model besides its weights: written as JSON, read with a check.
 
-A model file may come from a stranger, and a checksum only shows damage. So every field is checked
+A model file may be untrusted, and a checksum only shows damage. So every field is checked
 here, before a network is built from it.
 
 Scores of training hold for images like those of training. So a description has the statistics of

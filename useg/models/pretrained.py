@@ -1,6 +1,6 @@
 """Files of weights -> the contracting path: ImageNet weights, installed as a package or given.
 
-A file may come from a stranger. Nothing in it is executed, and no tensor is larger than the bytes
+A file may be untrusted. Nothing in it is executed, and no tensor is larger than the bytes
 that the file has for it.
 """
 

@@ -1,4 +1,4 @@
-"""Images wait here for a thread, first come, first served.
+"""The queue of images that wait for a thread: first in, first out.
 
 Work for a request that has ended is cancelled. Threads cannot be stopped from outside, so long work
 calls :func:`check_cancelled` between its steps.
