@@ -143,7 +143,7 @@ def test_lists_of_splits_that_name_no_image_are_mentioned(tmp_path: Path) -> Non
     write_yards(tmp_path, "images", "masks")
     (tmp_path / "train.txt").write_text("".join(f"{k}_tile_{j}\n" for k in range(5) for j in "ab"))
     dataset = find_dataset(tmp_path)
-    assert any("train.txt: no official splits" in note for note in dataset.notes)
+    assert any("train.txt: not used as splits" in note for note in dataset.notes)
 
 
 def write_yards(root: Path, images: str, masks: str) -> None:

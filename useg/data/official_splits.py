@@ -249,33 +249,37 @@ def _describe_unused_lists(
     files: Sequence[Path], with_folds: Sequence[Path], used: Sequence[Path], root: Path
 ) -> Iterator[str]:
     """Say which files seem to have splits that are not used: of folds, of other images, unread."""
-    kinds: dict[str, list[str]] = {"folds": [], "unread": [], "unknown": []}
-    for path in files:
-        name = path.relative_to(root).as_posix()
-        has_word = has_split_word(path)
-        is_list = path.suffix in (".txt", ".lst") and split_of_list(path.stem)
-        if path in used:
-            continue
-        if path in with_folds or (_FOLD_NAME.search(name.casefold()) and (has_word or is_list)):
-            kinds["folds"].append(name)
-        elif path.suffix.lower() in _UNREAD_SUFFIXES:
-            kinds["unread"] += [name] if has_word else []
-        elif not used and (has_word or is_list):
-            kinds["unknown"].append(name)
     taken = f"only {used[0].relative_to(root).as_posix()}" if used else "none of them"
-    for kind, reason in (
-        ("folds", f"not used: there are several folds or splits, and useg takes {taken}"),
-        ("unread", "no official splits, since useg does not read such files"),
-        (
-            "unknown",
-            "no official splits, since too few of their lines name an image with a mask, or they "
-            "are too large",
+    reasons = {
+        "folds": f"not used, because there are several folds or splits; useg uses {taken}",
+        "unread": "not used as splits, because useg does not read such files",
+        "unknown": (
+            "not used as splits, because too few of their lines name an image that has a mask, or "
+            "because they are too large"
         ),
-    ):
-        if kinds[kind]:
-            more = len(kinds[kind]) - _MAX_NAMED
-            names = ", ".join(kinds[kind][:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
-            yield f"{names}: {reason}; {_HOW_TO_CHOOSE}"
+    }
+    unused: dict[str, list[str]] = {reason: [] for reason in reasons}
+    for path in files:
+        reason = "" if path in used else _why_unused(path, with_folds, root, are_used=bool(used))
+        if reason:
+            unused[reason].append(path.relative_to(root).as_posix())
+    for reason, names in unused.items():
+        if names:
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            listed = ", ".join(names[:_MAX_NAMED])
+            yield f"{listed}{more}: {reasons[reason]}; {_HOW_TO_CHOOSE}"
+
+
+def _why_unused(path: Path, with_folds: Sequence[Path], root: Path, *, are_used: bool) -> str:
+    """Return why a file that is not used may still have splits, or ``""`` if it hardly has."""
+    has_word = has_split_word(path)
+    is_list = path.suffix in (".txt", ".lst") and bool(split_of_list(path.stem))
+    is_fold = _FOLD_NAME.search(path.relative_to(root).as_posix().casefold()) is not None
+    if path in with_folds or (is_fold and (has_word or is_list)):
+        return "folds"
+    if path.suffix.lower() in _UNREAD_SUFFIXES:
+        return "unread" if has_word else ""
+    return "unknown" if not are_used and (has_word or is_list) else ""
 
 
 def _names_of(pairs: Sequence[Pair], root: Path) -> dict[str, set[Pair]]:

@@ -135,8 +135,10 @@ def _rows_of_json(content: Any) -> Iterator[list[str]]:
     elif isinstance(content, dict):
         yield ["image", "class", "rle"]
         for image, value in content.items():
-            for kind, runs in value.items() if isinstance(value, dict) else [("", value)]:
-                for text in runs if isinstance(runs, list) else [runs]:
+            runs_of = value if isinstance(value, dict) else {"": value}
+            for kind, runs in runs_of.items():
+                texts = runs if isinstance(runs, list) else [runs]
+                for text in texts:
                     yield [str(image), str(kind), text.strip() if isinstance(text, str) else "?"]
 
 
