@@ -1,6 +1,8 @@
 """Folders and files are paired by their names, and no file is lost or used twice."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -93,6 +95,25 @@ def test_names_are_paired_without_words_such_as_mask(tmp_path, image, truth):
     write_image(tmp_path / "images" / f"{image}.jpg")
     write_mask(tmp_path / "masks" / f"{truth}.png")
     assert len(find_dataset(tmp_path).pairs) == 1
+
+
+def test_equal_rules_have_the_same_order_in_every_process():
+    code = (
+        "from useg.data.file_names import learn_links\n"
+        "ends = ('', '_1stho', '_2ndho')\n"
+        "names = [f'image_{k}{eye}{end}' for k in range(1, 5) for eye in 'lr' for end in ends]\n"
+        "print([min(link.partners.values()) for link in learn_links(names)])"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in (1, 3)
+    }
+    assert len(printed) == 1
 
 
 def test_exact_names_win_over_names_without_role_words(tmp_path):

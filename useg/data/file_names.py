@@ -516,7 +516,9 @@ def _find_similar(
     rarity = {key: 1 / len(places[key]) for key in keys if key in places}
 
     def similarity(other: str) -> tuple[float, int]:
-        shared = sum(rarity.get(key, 0) for key in {*parts[other], _numbers(parts[other])})
+        keys = {*parts[other], _numbers(parts[other])}
+        # An exact sum: that of floats depends on the order of a set, which changes.
+        shared = math.fsum(rarity.get(key, 0) for key in keys)
         ends = (reversed(parts[name]), reversed(parts[other])), (parts[name], parts[other])
         return shared, sum(x == y for one, two in ends for x, y in zip(one, two, strict=False))
 
