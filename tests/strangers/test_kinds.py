@@ -323,7 +323,7 @@ def test_tables_of_run_lengths_are_read_in_the_order_that_the_shapes_show(
     dataset = find_dataset(tmp_path)
     assert dataset.classes.names == ("background", "class 1", "class 2", "class 3")
     assert any(f"follow the {how} of the images" in note for note in dataset.notes)
-    assert any("no annotation file names 1 image beside" in note for note in dataset.notes)
+    assert any("useg leaves out 1 image beside" in note for note in dataset.notes)
     assert {pair.image.name for pair in dataset.pairs} == truth.keys()
     for pair in dataset.pairs:
         assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])

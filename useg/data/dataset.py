@@ -161,7 +161,7 @@ class DetectedLayout:
 
     ``classes`` is None if the classes must be inferred from the masks. ``field_of_view`` is a glob
     of masks that show where the images are valid. ``unnamed`` are images beside annotated ones that
-    no annotation file names.
+    have no annotation, which is usual in the layout.
     """
 
     layout: str

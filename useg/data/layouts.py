@@ -220,8 +220,10 @@ def _settle_missing(found: DetectedLayout, folder: Path, missing: str) -> Detect
         note += " left out"
     elif found.unnamed:
         count = format_count(len(found.unnamed), "image")
-        note = f"no annotation file names {count} beside the annotated ones, such as "
-        note += f"'{found.unnamed[0].name}'; useg leaves them out; {MISSING_ADVICE}"
+        note = (
+            f"useg leaves out {count} beside the annotated ones that have no annotation, such as "
+        )
+        note += f"'{found.unnamed[0].name}'; {MISSING_ADVICE}"
         return replace(found, notes=(*found.notes, note))
     else:
         return found

@@ -338,6 +338,7 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
         masks,
         classes,
         notes=notes,
+        unnamed=images if layout == "voc" else (),
         field_of_view=next((part.field_of_view for part in parts if part.field_of_view), ""),
     )
 
