@@ -22,7 +22,7 @@ from useg.data.dataset import Dataset, read_sample
 from useg.data.folds import describe_score
 from useg.data.layouts import find_dataset
 from useg.data.split_files import read_split_csv
-from useg.data.splits import open_dataset
+from useg.data.splits import keep_every, open_dataset
 from useg.device import CPU
 from useg.doctor.survey import refuse_faulty
 from useg.errors import DataError, SettingsError, UsageError
@@ -58,6 +58,8 @@ from useg.reporting.text import Report
 from useg.scenes.generate import write_scenes
 from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, run_folder, strip_checkpoint
 from useg.training.loop import Run, fit
+from useg.training.plan import time_limit
+from useg.training.plan_rules import choose_checked, choose_images
 from useg.training.threads import restored_threads
 from useg.training.trainer import Progress, SilentProgress
 from useg.training.warm_start import adopt_settings, refuse_changed_start
@@ -165,8 +167,23 @@ def train(
     dataset = data if isinstance(data, Dataset) else open_dataset(data, chosen)
     refuse_data_folder(out, dataset)
     if not force and distributed.is_main_process():
-        refuse_faulty(dataset, progress.say)
+        check_dataset(dataset, time_limit(chosen.train), progress)
     return _train_and_report(dataset, out, chosen, progress, began)
+
+
+def check_dataset(dataset: Dataset, seconds: float | None, progress: Progress) -> None:
+    """Refuse a data set with errors; check as many images as fit into a run of this length.
+
+    Raises:
+        DataError: There are errors.
+    """
+    pairs = dataset.pairs if seconds is None else choose_checked(dataset, seconds)
+    refuse_faulty(replace(dataset, pairs=pairs), progress.say)
+    if len(pairs) < len(dataset.pairs):
+        progress.say(
+            f"{len(pairs):,} of {len(dataset.pairs):,} images were checked for errors, which is "
+            "what the time allows; useg inspect checks all of them"
+        )
 
 
 def _has_begun(out: Path) -> bool:
@@ -295,8 +312,10 @@ def _train_and_report(
 ) -> Run:
     """Train, in all processes that torchrun has started; then calibrate, score and report."""
     with run_folder(out, locked=True), restored_threads():
-        ending = partial(_predict_report_seconds, dataset)
         with distributed.process_group():
+            if not resume:
+                dataset, settings = _leave_out_images(dataset, settings, progress)
+            ending = partial(_predict_report_seconds, dataset)
             run = fit(
                 dataset, out, settings, progress, resume=resume, began=began, measure_ending=ending
             )
@@ -307,6 +326,22 @@ def _train_and_report(
                     progress.say(scope)
             strip_checkpoint(out / CHECKPOINT_NAME)
     return run
+
+
+def _leave_out_images(
+    dataset: Dataset, settings: Settings, progress: Progress
+) -> tuple[Dataset, Settings]:
+    """Leave out images if the settings say so, or if a timed run cannot read all of them."""
+    seconds, given = time_limit(settings.train), settings.data.model_dump()
+    if seconds is not None and None in (given["train_every"], given["val_every"]):
+        chosen = distributed.broadcast_from_main(choose_images(dataset, seconds))
+        for key, (every, reason) in chosen.items():
+            if given[key.removeprefix("data.")] is None:
+                settings = settings.with_({key: every})
+                if every > 1:
+                    progress.say(f"{key} = {every}: {reason}")
+    dataset = keep_every(dataset, "train", settings.data.train_every or 1)
+    return keep_every(dataset, "val", settings.data.val_every or 1), settings
 
 
 def _predict_report_seconds(dataset: Dataset, model: Segmenter) -> float:

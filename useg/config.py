@@ -161,6 +161,16 @@ class DataSettings(_Settings):
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of the images in the validation set (above 0, below 1)"
     )
+    train_every: StepCount | None = Field(
+        None,
+        description="train on every n-th training image; above 1 if reading all of them would take "
+        "more than a quarter of train.minutes",
+    )
+    val_every: StepCount | None = Field(
+        None,
+        description="validate on every n-th validation image; above 1 if scoring all of them would "
+        "take more than a tenth of train.minutes",
+    )
     standardize: bool | None = Field(
         None,
         description="give every image the same brightness and contrast, against differences in "

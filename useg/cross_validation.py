@@ -20,7 +20,6 @@ from useg.config import Settings, read_settings
 from useg.data.dataset import Dataset, Pair, pair_name, read_sample
 from useg.data.folds import Folds, make_folds
 from useg.data.layouts import find_dataset
-from useg.doctor.survey import refuse_faulty
 from useg.errors import DataError, SettingsError, UsageError, format_count
 from useg.files import locked_folder, make_folder, write_json
 from useg.inference.predictor import Predictor, load
@@ -31,7 +30,7 @@ from useg.parsing import parse_json, read_limited
 from useg.scoring.metrics import Confusion, Scores, confusion, plain, score, tally
 from useg.scoring.uncertainty import Interval, Intervals, score_intervals
 from useg.training.checkpoint import RUN_FILES
-from useg.training.plan import DEFAULT_MINUTES
+from useg.training.plan import DEFAULT_MINUTES, time_limit
 from useg.training.trainer import Progress, SilentProgress
 
 FOLDS_NAME = "folds.json"
@@ -158,7 +157,9 @@ def train_folds(
     described = _describe_folds(made)
     _check_folder(out, described, resume)
     if not force:
-        refuse_faulty(made.folds[0].dataset, progress.say)
+        given = {"train.minutes": minutes, "train.epochs": epochs}
+        given = {**(settings or {}), **{key: each for key, each in given.items() if each}}
+        api.check_dataset(made.folds[0].dataset, time_limit(base.with_(given).train), progress)
     make_folder(out)
     with locked_folder(out):
         write_json(out / FOLDS_NAME, described)

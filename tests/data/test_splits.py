@@ -31,6 +31,7 @@ from useg.data.splits import (
     choose_holdout,
     find_sequences,
     group_by_name,
+    keep_every,
 )
 from useg.errors import DataError, SettingsError
 
@@ -425,3 +426,17 @@ def test_pages_of_a_stack_are_a_sequence(tmp_path):
 )
 def test_real_data(folder, counts):
     assert Counter(splits_of(assign_splits(find_dataset(SHARED / folder)))) == counts
+
+
+def test_every_third_image_of_a_split_is_kept_in_the_order_of_names() -> None:
+    splits = ["train"] * 7 + ["val"] * 2 + ["test"]
+    names = [f"{k}.png" for k in (9, 10, 8, 7, 6, 5, 4, 3, 2, 1)]
+    pairs = [Pair(Path(n), Path(n), each) for n, each in zip(names, splits, strict=True)]
+    dataset = Dataset(Path(), "", tuple(pairs), CARLA)
+    kept = keep_every(dataset, "train", 3)
+    assert [pair.image.stem for pair in kept.of("train")] == ["8", "5"]
+    assert [pair.image.stem for pair in kept.of("gap")] == ["9", "10", "7", "6", "4"]
+    assert kept.of("val") == dataset.of("val")
+    assert kept.of("test") == dataset.of("test")
+    assert len(keep_every(dataset, "val", 9).of("val")) == 1
+    assert keep_every(dataset, "train", 1) == dataset

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from made_training import make_disc_dataset
 
-from useg.training.plan_rules import LabelStatistics
+from useg.classes import ClassTable
+from useg.data.dataset import Dataset, Pair
+from useg.training import plan_rules
+from useg.training.plan_rules import LabelStatistics, choose_checked, choose_images
 
 
 def test_iou_of_reduced_labels() -> None:
@@ -49,3 +55,59 @@ def test_ignored_pixels_say_nothing() -> None:
     scene = np.zeros((64, 64), np.uint8)
     scene[32:] = 255
     assert statistics_of(scene, scene).position_information() == 0
+
+
+def dataset_of(num_train: int, num_val: int) -> Dataset:
+    splits = ["train"] * num_train + ["val"] * num_val
+    pairs = (Pair(Path(f"{k}.png"), Path(f"{k}_mask.png"), each) for k, each in enumerate(splits))
+    return Dataset(Path(), "folders", tuple(pairs), ClassTable(("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("seconds_each", "num_train", "num_val", "train_every", "val_every"),
+    [
+        # 1.25 seconds for each training image, and 20 for each validation image, of 10,000
+        (1.0, 2000, 50, 1, 1),
+        (1.0, 2001, 51, 2, 2),
+        (1.0, 9000, 200, 5, 4),
+        # never fewer than 200 and 20
+        (1000.0, 900, 90, 4, 4),
+        (1000.0, 200, 20, 1, 1),
+        (1000.0, 900, 0, 4, 1),
+        (1e-9, 10**5, 10**4, 1, 1),
+    ],
+)
+def test_a_run_leaves_out_images_that_it_has_no_time_for(
+    seconds_each: float,
+    num_train: int,
+    num_val: int,
+    train_every: int,
+    val_every: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_rules, "measure_decoding", lambda _: seconds_each)
+    chosen = choose_images(dataset_of(num_train, num_val), 10_000)
+    assert {key: every for key, (every, _) in chosen.items()} == {
+        "data.train_every": train_every,
+        "data.val_every": val_every,
+    }
+
+
+def test_a_run_checks_as_many_images_as_it_has_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_rules, "measure_decoding", lambda _: 1.0)
+    dataset = dataset_of(900, 100)
+    checked = choose_checked(dataset, 9000)
+    assert len(checked) == 400
+    assert [pair.split for pair in checked].count("val") == 40
+    assert len(choose_checked(dataset, 1)) == 200
+    assert choose_checked(dataset, 10**6) == dataset.pairs
+
+
+def test_all_images_are_checked_if_one_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_rules, "MIN_CHECKED_IMAGES", 4)
+    dataset = make_disc_dataset(tmp_path)
+    assert len(choose_checked(dataset, 1e-9)) == 4
+    dataset.pairs[0].image.write_bytes(b"not an image")
+    assert choose_checked(dataset, 1e-9) == dataset.pairs

@@ -231,6 +231,23 @@ def _resplit(
     return replace(dataset, pairs=kept, splits_by=prefix + how)
 
 
+def keep_every(dataset: Dataset, split: str, every: int) -> Dataset:
+    """Keep every n-th image of a split, in the order of their names; the others are not used.
+
+    So each part of a data set, and of a video, keeps its share.
+    """
+    pairs = sorted(dataset.of(split), key=lambda pair: natural_key(pair_name(pair, dataset.root)))
+    unused = {pair.identity for pair in pairs}
+    unused -= {pair.identity for pair in pairs[(every - 1) // 2 :: every] or pairs[:1]}
+    return replace(
+        dataset,
+        pairs=tuple(
+            replace(pair, split="gap") if pair.identity in unused else pair
+            for pair in dataset.pairs
+        ),
+    )
+
+
 def _check_count(pairs: Sequence[Pair], dataset: Dataset) -> Sequence[Pair]:
     if len(pairs) < 2:
         raise DataError(_describe_few(len(pairs), dataset))

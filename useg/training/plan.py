@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from useg import distributed
-from useg.config import Settings
+from useg.config import Settings, TrainSettings
 from useg.data.dataset import (
     Dataset,
     object_classes,
@@ -165,6 +165,13 @@ class Plan:
             f"{each.key:<{key_width}}  {each.shown:<{value_width}}  {each.reason}"
             for each in self.decisions
         ]
+
+
+def time_limit(train: TrainSettings) -> float | None:
+    """Return the seconds of a run; None if its length is given in epochs or steps."""
+    if train.epochs is not None or train.steps is not None:
+        return None
+    return 60 * (train.minutes or DEFAULT_MINUTES)
 
 
 def make_plan(settings: Settings, dataset: Dataset) -> Plan:

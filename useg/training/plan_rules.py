@@ -7,6 +7,8 @@ its class.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,14 +19,25 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label, count_pixels
 from useg.config import ModelSettings, Settings
-from useg.data.dataset import Dataset, pick_evenly, read_label, read_pair_image
+from useg.data.dataset import Dataset, Pair, pick_evenly, read_label, read_pair_image, read_sample
+from useg.errors import DataError
 from useg.images.image_files import resize_label
+from useg.machine import in_parallel
 from useg.models import encoders
 from useg.models.pretrained import PACKAGED
 from useg.scoring.metrics import class_ious, confusion, mean_present, tally
 
 # Training masks, or images, that are read to plan, evenly spread over the data set.
 NUM_MASKS_READ = 16
+
+# How long it takes to check an image, to read one for training, and to score one for validation, in
+# times of decoding its pixels and labels (measured with street scenes, JPEG and PNG, 1920x1080).
+CHECKING_COST, TRAINING_COST, VALIDATION_COST = 2.25, 1.25, 20.0
+
+# All of them together may take these shares of the time of a run. There are always at least these
+# numbers of images, if the data set has them.
+CHECKING_TIME_SHARE, TRAINING_TIME_SHARE, VALIDATION_TIME_SHARE = 0.1, 0.25, 0.1
+MIN_CHECKED_IMAGES, MIN_TRAINING_IMAGES, MIN_VALIDATION_IMAGES = 200, 200, 20
 
 # Positions are the cells of a grid with this many rows and columns. The information that is due to
 # chance is measured on this many random shifts of the grids.
@@ -270,6 +283,56 @@ def choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
         f"{100 * COARSE_SHARE:.0f} % of the steps use images at half the size and take about 40 % "
         "of the time, so the model sees more images"
     )
+
+
+def choose_checked(dataset: Dataset, seconds: float) -> tuple[Pair, ...]:
+    """Return the pairs that a run of this length has time to check, evenly spread over all."""
+    if len(dataset.pairs) <= MIN_CHECKED_IMAGES:
+        return dataset.pairs
+    try:
+        cost = CHECKING_COST * measure_decoding(dataset)
+    except DataError:
+        # The checks say what is wrong with each file.
+        return dataset.pairs
+    fitting = int(CHECKING_TIME_SHARE * seconds / cost)
+    return tuple(pick_evenly(dataset.pairs, max(MIN_CHECKED_IMAGES, fitting)))
+
+
+def choose_images(dataset: Dataset, seconds: float) -> dict[str, tuple[int, str]]:
+    """Return data.train_every and data.val_every, each with the reason.
+
+    Args:
+        dataset: Pairs with their splits assigned.
+        seconds: The time of the run.
+    """
+    limits = {
+        "train": (TRAINING_COST, TRAINING_TIME_SHARE, MIN_TRAINING_IMAGES, "read"),
+        "val": (VALIDATION_COST, VALIDATION_TIME_SHARE, MIN_VALIDATION_IMAGES, "score"),
+    }
+    counts = {split: len(dataset.of(split)) for split in limits}
+    is_small = all(counts[split] <= fewest for split, (_, _, fewest, _) in limits.items())
+    decoding = 0.0 if is_small else measure_decoding(dataset)
+    chosen = {}
+    for split, (cost, share, fewest, verb) in limits.items():
+        needed = counts[split] * cost * decoding / seconds
+        every = max(1, min(math.ceil(needed / share), counts[split] // fewest))
+        chosen[f"data.{split}_every"] = (
+            every,
+            f"to {verb} all {counts[split]:,} images of the split {split} would take about "
+            f"{100 * needed:.0f} % of the time; give more minutes to use more of them",
+        )
+    return chosen
+
+
+def measure_decoding(dataset: Dataset) -> float:
+    """Return the seconds per pair that all cores together take to decode training pairs."""
+    first, *pairs = pick_evenly(dataset.of("train"), NUM_MASKS_READ + 1)
+    # The first one also loads the code that decodes it.
+    read_sample(first, dataset)
+    began = time.perf_counter()
+    for _ in in_parallel(lambda pair: read_sample(pair, dataset), pairs):
+        pass
+    return (time.perf_counter() - began) / max(1, len(pairs))
 
 
 def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
