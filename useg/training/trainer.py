@@ -68,6 +68,8 @@ MIN_LONG_MINUTES, MIN_LONG_STEPS = 5.0, 10_000
 _NEWER_SETTINGS = {
     "model.start_map": None,
     "data.standardize": False,
+    "data.train_every": None,
+    "data.val_every": None,
     "train.freeze": "none",
     **{f"train.{name}": value for name, value in LATER_SETTINGS.items()},
 }
