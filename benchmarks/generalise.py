@@ -54,7 +54,8 @@ from useg.models.pretrained import load_pretrained
 from useg.models.segmenter import Segmenter
 from useg.scoring.metrics import class_ious, mean_present, tally
 from useg.training import plan as planning
-from useg.training.schedule import COARSE_STEP_COST, Schedule, make_optimizer
+from useg.training.plan_rules import COARSE_STEP_COST
+from useg.training.schedule import Schedule, make_optimizer
 from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer, validate
 
 # Pixels of training per second on two idle cores, and the share of the time that steps take.

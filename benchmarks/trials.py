@@ -45,7 +45,8 @@ from useg.scoring.metrics import score
 from useg.scoring.regions import components
 from useg.training import batches
 from useg.training.plan import make_plan
-from useg.training.schedule import COARSE_STEP_COST, Schedule, make_optimizer
+from useg.training.plan_rules import COARSE_STEP_COST
+from useg.training.schedule import Schedule, make_optimizer
 from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer, validate
 
 FOLDERS = {"carla": "carla", "camvid": "camvid", "isbi": "isbi2012"}

@@ -204,6 +204,25 @@ def test_more_time_or_a_faster_machine_means_larger_frames(
     )
 
 
+def test_steps_at_half_the_size_leave_time_for_larger_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_street_dataset(tmp_path / "data", size=(640, 480))
+
+    def size_if_fitting(times: float, **settings: Any) -> tuple[int, int] | None:
+        """The size if so many times 6000 crops of the smallest size fit into ten minutes."""
+        speed = 6000 * FRAME_PIXELS * times / (0.8 * 600)
+        monkeypatch.setattr(plan, "measure_training_speed", lambda *_: speed)
+        return planned(dataset, **settings).settings.data.size
+
+    # Two thirds of the steps take a third of the time: 1.8 times as many crops fit.
+    assert size_if_fitting(1.0) == (256, 192)
+    assert size_if_fitting(1.2) == (352, 256)
+    assert size_if_fitting(2.4) == (512, 384)
+    assert size_if_fitting(1.2, train__coarse=0.0) == (256, 192)
+    assert size_if_fitting(2.4, train__coarse=0.0) == (352, 256)
+
+
 def test_small_images_alone_do_not_widen_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,8 @@ from useg.models.segmenter import Network, build_network
 from useg.objects.separation import ObjectStatistics
 from useg.scoring.losses import make_loss
 from useg.training.plan_rules import (
+    COARSE_SHARE,
+    COARSE_STEP_COST,
     MIN_POSITION_INFORMATION,
     MIN_VERTICAL_INFORMATION,
     NUM_MASKS_READ,
@@ -343,7 +345,13 @@ class _Planner:
     @property
     def crop_pixels(self) -> int:
         """Pixels of a crop: ``FRAME_PIXELS``, doubled as often as the time allows."""
-        return FRAME_PIXELS << int(math.log2(max(1.0, self.affordable_pixels / FRAME_PIXELS)))
+        affordable, settings = self.affordable_pixels, self.settings
+        if settings.model.encoder in encoders.ENCODERS and not settings.model.start:
+            # Steps at half the size leave time for larger images.
+            coarse = settings.train.coarse
+            coarse = COARSE_SHARE if coarse is None else coarse
+            affordable /= 1 - coarse * (1 - COARSE_STEP_COST)
+        return FRAME_PIXELS << int(math.log2(max(1.0, affordable / FRAME_PIXELS)))
 
     def choose_network(self) -> None:
         encoder, reason = choose_encoder(self.settings.model, self.channels)

@@ -59,8 +59,11 @@ UPRIGHT_ENCODER_RATE, ENCODER_RATE = 0.05, 0.25
 START_RATE = 0.5
 
 # Crops with a shorter side are not trained at half the size; others are for this share of the run.
+# Until both have been measured, such a step is taken to need this share of the time of one at full
+# size.
 MIN_COARSE_CROP_SIDE = 128
 COARSE_SHARE = 0.67
+COARSE_STEP_COST = 1 / 3
 
 # A batch has 4 to 8 crops: as many as have about this many pixels.
 TARGET_BATCH_PIXELS = 4 * 256 * 192

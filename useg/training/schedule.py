@@ -23,11 +23,8 @@ import torch
 from useg.device import CPU, WARMUP_CALLS
 from useg.distributed import broadcast_from_main, is_distributed
 from useg.models.encoders import EncoderUNet
+from useg.training.plan_rules import COARSE_STEP_COST
 from useg.training.trainer import Trainer, validate
-
-# A training step at half the size takes this share of the time of a step at full size, until both
-# have been measured.
-COARSE_STEP_COST = 1 / 3
 
 # The steps are recounted when this share of the whole time has passed since the last count, or this
 # share of the steps that remained, whichever comes first.
