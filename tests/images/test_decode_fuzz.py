@@ -90,7 +90,7 @@ def test_a_number_makes_the_same_file_again() -> None:
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("warnings.warn('oh')", "warning: oh"),
         ("os.write(2, b'oh')", "printed: oh"),
-        ("files.read_size = lambda path: (0, 0)", "AssertionError"),
+        ("image_files.read_size = lambda path: (0, 0)", "AssertionError"),
         pytest.param(
             "time.sleep(99)",
             "killed by SIGALRM",
