@@ -168,8 +168,8 @@ class DataSettings(_Settings):
     )
     val_every: StepCount | None = Field(
         None,
-        description="validate on every n-th validation image; above 1 if scoring all of them would "
-        "take more than a tenth of train.minutes",
+        description="validate on every n-th validation image; above 1 if scoring all of them and "
+        "the report would take more than a tenth of train.minutes",
     )
     standardize: bool | None = Field(
         None,

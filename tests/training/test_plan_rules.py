@@ -66,10 +66,11 @@ def dataset_of(num_train: int, num_val: int) -> Dataset:
 @pytest.mark.parametrize(
     ("seconds_each", "num_train", "num_val", "train_every", "val_every"),
     [
-        # 1.25 seconds for each training image, and 20 for each validation image, of 10,000
-        (1.0, 2000, 50, 1, 1),
-        (1.0, 2001, 51, 2, 2),
-        (1.0, 9000, 200, 5, 4),
+        # Of 100,000 seconds there are 25,000 to read images in 1.25 seconds, and 10,000 to score
+        # some and 60 more in 23 seconds.
+        (1.0, 20_000, 374, 1, 1),
+        (1.0, 20_001, 375, 2, 2),
+        (1.0, 90_000, 1200, 5, 4),
         # never fewer than 200 and 20
         (1000.0, 900, 90, 4, 4),
         (1000.0, 200, 20, 1, 1),
@@ -86,7 +87,7 @@ def test_a_run_leaves_out_images_that_it_has_no_time_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(plan_rules, "measure_decoding", lambda _: seconds_each)
-    chosen = choose_images(dataset_of(num_train, num_val), 10_000)
+    chosen = choose_images(dataset_of(num_train, num_val), 100_000)
     assert {key: every for key, (every, _) in chosen.items()} == {
         "data.train_every": train_every,
         "data.val_every": val_every,

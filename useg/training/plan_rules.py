@@ -32,7 +32,9 @@ NUM_MASKS_READ = 16
 
 # How long it takes to check an image, to read one for training, and to score one for validation, in
 # times of decoding its pixels and labels (measured with street scenes, JPEG and PNG, 1920x1080).
-CHECKING_COST, TRAINING_COST, VALIDATION_COST = 2.25, 1.25, 20.0
+# The report takes as long as to score this number of images more.
+CHECKING_COST, TRAINING_COST, VALIDATION_COST = 2.25, 1.25, 23.0
+REPORT_COST_IMAGES = 60
 
 # All of them together may take these shares of the time of a run. There are always at least these
 # numbers of images, if the data set has them.
@@ -309,20 +311,28 @@ def choose_images(dataset: Dataset, seconds: float) -> dict[str, tuple[int, str]
         seconds: The time of the run.
     """
     limits = {
-        "train": (TRAINING_COST, TRAINING_TIME_SHARE, MIN_TRAINING_IMAGES, "read"),
-        "val": (VALIDATION_COST, VALIDATION_TIME_SHARE, MIN_VALIDATION_IMAGES, "score"),
+        "train": (TRAINING_COST, 0, TRAINING_TIME_SHARE, MIN_TRAINING_IMAGES, "read"),
+        "val": (
+            VALIDATION_COST,
+            REPORT_COST_IMAGES,
+            VALIDATION_TIME_SHARE,
+            MIN_VALIDATION_IMAGES,
+            "score",
+        ),
     }
     counts = {split: len(dataset.of(split)) for split in limits}
-    is_small = all(counts[split] <= fewest for split, (_, _, fewest, _) in limits.items())
+    is_small = all(counts[split] <= limits[split][3] for split in limits)
     decoding = 0.0 if is_small else measure_decoding(dataset)
     chosen = {}
-    for split, (cost, share, fewest, verb) in limits.items():
-        needed = counts[split] * cost * decoding / seconds
-        every = max(1, min(math.ceil(needed / share), counts[split] // fewest))
+    for split, (cost, more, share, fewest, verb) in limits.items():
+        each = cost * decoding / seconds
+        count, left = counts[split], max(share - each * more, each)
+        every = math.ceil(count * each / left) if each else 1
         chosen[f"data.{split}_every"] = (
-            every,
-            f"to {verb} all {counts[split]:,} images of the split {split} would take about "
-            f"{100 * needed:.0f} % of the time; give more minutes to use more of them",
+            max(1, min(every, count // fewest)),
+            f"to {verb} all {count:,} images of the split {split} would take about "
+            f"{100 * each * (count + more):.0f} % of the time; give more minutes to use more of "
+            "them",
         )
     return chosen
 
