@@ -30,7 +30,7 @@ from useg.parsing import printable
 from useg.scoring.metrics import Scores
 from useg.training.checkpoint import LogRow, check_run_folder, interruptible, run_folder
 from useg.training.monitor import Notice
-from useg.training.plan import Plan, make_plan
+from useg.training.plan import Plan, make_plan, time_limit
 from useg.training.schedule import TimeBudget, count_steps
 from useg.training.session import TakenStep, TrainingSession, begin_session, score_counts
 from useg.training.threads import ThreadControl
@@ -105,8 +105,8 @@ def fit(
         _make_deterministic()
     for note in dataset.notes:
         progress.say(note)
-    threads, train = ThreadControl(settings.train.thread_changes), settings.train
-    is_timed = not resume and train.steps is None and train.epochs is None
+    threads = ThreadControl(settings.train.thread_changes)
+    is_timed = not resume and time_limit(settings.train) is not None
     if is_timed and threads.begin():
         progress.say(threads.describe())
     plan = make_plan(settings, dataset)

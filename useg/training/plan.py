@@ -313,8 +313,7 @@ class _Planner:
     @property
     def is_timed(self) -> bool:
         """Whether the time decides how many steps there are."""
-        train = self.settings.train
-        return train.minutes is not None and train.steps is None and train.epochs is None
+        return time_limit(self.settings.train) is not None
 
     @cached_property
     def affordable_pixels(self) -> float:
@@ -323,9 +322,9 @@ class _Planner:
         It is measured when it is first needed, which takes a moment.
         """
         settings, device = self.settings, self.device
-        if not self.is_timed:
+        seconds = time_limit(settings.train)
+        if seconds is None:
             return 0.0
-        assert settings.train.minutes
         width = settings.model.width or DEFAULT_WIDTH
         architecture = settings.model.architecture()
         network = build_network(
@@ -339,8 +338,8 @@ class _Planner:
         graphed = not distributed.is_distributed()
         speed = measure_training_speed(network, x, precision, graphed)
         speed *= distributed.world_size()
-        seconds = STEP_TIME_SHARE * 60 * settings.train.minutes
-        return distributed.broadcast_from_main(seconds * speed / MIN_CROPS_PER_RUN)
+        pixels = STEP_TIME_SHARE * seconds * speed
+        return distributed.broadcast_from_main(pixels / MIN_CROPS_PER_RUN)
 
     @property
     def crop_pixels(self) -> int:
@@ -369,7 +368,7 @@ class _Planner:
                 f"on this machine a convolution in {'fp16' if precision == 'fp16' else 'bf16'} is "
                 f"{measure_speedup(self.device, kind):.1f} times as fast as in fp32",
             )
-        if self.settings.train.steps is None and self.settings.train.epochs is None:
+        if self.is_timed:
             reason = "the default if no minutes, epochs or steps are set"
             self.decide("train.minutes", DEFAULT_MINUTES, reason)
 

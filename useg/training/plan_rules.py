@@ -321,7 +321,7 @@ def choose_images(dataset: Dataset, seconds: float) -> dict[str, tuple[int, str]
         ),
     }
     counts = {split: len(dataset.of(split)) for split in limits}
-    is_small = all(counts[split] <= limits[split][3] for split in limits)
+    is_small = all(counts[split] <= fewest for split, (*_, fewest, _) in limits.items())
     decoding = 0.0 if is_small else measure_decoding(dataset)
     chosen = {}
     for split, (cost, more, share, fewest, verb) in limits.items():
