@@ -96,6 +96,8 @@ def test_a_short_run_on_many_images_uses_and_checks_some(
         "data.val",
     ):
         assert sum(sentence in text for text in said) == 1, said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "one in 3 training images and one in 2 validation images" in page
     # With a number of steps, there is time for all of them.
     run = api.train(tmp_path / "data", tmp_path / "all", settings={"train.steps": 1})
     assert run.settings.data.train_every is None

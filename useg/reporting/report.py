@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from useg.config import Settings
+from useg.config import DataSettings, Settings
 from useg.data.class_mapping import has_default_names, match_classes, unnamed_classes_error
 from useg.data.classes_from_masks import ClassDecision, infer_classes
 from useg.data.dataset import Dataset
@@ -351,10 +351,18 @@ def run_facts(run: Run) -> dict[str, str]:
         "Network": f"U-Net, encoder {model.encoder}, width {model.width}, depth {model.depth}, "
         f"{model.padding} padding",
         "Working size": "x".join(map(str, data.size)) if data.size else f"scale {data.scale}",
+        **_images_used(data),
         "Seed": str(run.settings.train.seed),
         **({"Started from": printable(Path(model.start).name)} if model.start else {}),
         **machine_facts(),
     }
+
+
+def _images_used(data: DataSettings) -> dict[str, str]:
+    """Return which images a run had time for; nothing if it used all of them."""
+    used = {"training": data.train_every or 1, "validation": data.val_every or 1}
+    parts = [f"one in {every} {split} images" for split, every in used.items() if every > 1]
+    return {"Images used": " and ".join(parts)} if parts else {}
 
 
 def machine_facts() -> dict[str, str]:
