@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from made_data import write_folders, write_image
-from made_strangers import save, yard
+from made_strangers import COLORS, save, yard
 
 from useg.data.file_names import role_of_words
 from useg.data.layouts import find_dataset
@@ -42,6 +42,31 @@ def test_the_set_of_images_with_the_sizes_of_the_masks_is_chosen(tmp_path: Path)
     (chosen,) = choose_pairs(links_to_masks(files), files)
     assert set(chosen.link.partners) == {f"images/{k}" for k in (1, 2, 3)}
     assert "images_half/*.jpg, which are not used because they have other sizes" in chosen.notes[0]
+
+
+def test_colour_images_are_chosen_beside_depth_and_previews_of_the_masks(tmp_path: Path):
+    for k in range(3):
+        pixels, label = yard(k)
+        save(tmp_path / "color" / f"{k}.jpg", pixels)
+        save(tmp_path / "depth" / f"{k}.png", pixels[..., 0].astype("uint16") * 9)
+        save(tmp_path / "preview" / f"{k}.png", pixels[::-1])
+        save(tmp_path / "label" / f"{k}.png", label)
+    files = named_files(tmp_path)
+    (chosen,) = choose_pairs(links_to_masks(files), files)
+    assert chosen.link.partners == {f"color/{k}": f"label/{k}" for k in range(3)}
+    assert "not used because they are called 'depth' and 'preview'" in chosen.notes[0]
+
+
+def test_masks_in_colours_are_no_images_beside_two_sets_of_photographs(tmp_path: Path):
+    for k in range(3):
+        pixels, label = yard(k)
+        for folder in ("rgb_images", "previous_images"):
+            save(tmp_path / folder / f"{k}.png", pixels)
+        save(tmp_path / "annotations" / "gtLabels" / f"{k}.png", label)
+        save(tmp_path / "annotations" / "rgbLabels" / f"{k}.png", COLORS[label])
+    files = named_files(tmp_path)
+    with pytest.raises(DataError, match=r"2 sets of images .* previous_images.*, rgb_images"):
+        list(choose_pairs(links_to_masks(files), files))
 
 
 def test_two_files_with_one_partner_are_refused(tmp_path):

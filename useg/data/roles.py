@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -36,7 +36,7 @@ from useg.data.ground_truth import (
     has_transparent_part,
     is_photograph,
 )
-from useg.errors import UsageError
+from useg.errors import UsageError, join_names
 from useg.files import natural_key
 from useg.images.image_files import read_size
 
@@ -46,6 +46,8 @@ _COUNTER = re.compile(r"[_\-. ]*\(?[0-9]+\)?$")
 _NUM_SAMPLED = 4
 # Among more files than this, a rule for a single pair is an accident.
 _MAX_FILES_OF_ONE_PAIR = 5
+# Names of images that are no photographs of what the masks show. Photographs may be in colour.
+_OTHER_IMAGE_WORDS = OTHER_WORDS - {"color", "colors", "colour", "colours", "colored"}
 # A set of masks for a smaller share of the images is not weighed against the others.
 _MIN_RIVAL_SHARE = 0.1
 
@@ -313,16 +315,19 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     if len(sets) == 1:
         return main, ""
     names = files.name_sets([link.partners for link in sets])
-    for chosen, why in _prefer_images(sets, files):
-        if len(chosen) == 1:
-            others = " and ".join(
-                name for name, link in zip(names, sets, strict=True) if link is not chosen[0]
-            )
-            name = names[sets.index(chosen[0])]
-            return chosen[0], (
-                f"the images are {name}; the masks would also fit {others}, which are not used "
-                f"because they {why}"
-            )
+    chosen, reasons = _prefer_images(sets, files)
+    if chosen is not None:
+        unused: dict[str, list[str]] = defaultdict(list)
+        for name, reason in zip(names, reasons, strict=True):
+            unused[reason].append(name)
+        (name,) = unused.pop("")
+        others = "; and ".join(
+            f"{' and '.join(listed)}, which are not used because they {reason}"
+            for reason, listed in unused.items()
+        )
+        return chosen, f"the images are {name}; the masks would also fit {others}"
+    left = [k for k, reason in enumerate(reasons) if not reason]
+    sets, names = [sets[k] for k in left], [names[k] for k in left]
     listed = ", ".join(
         f"{name} ({len(link.partners)})" for name, link in zip(names, sets, strict=True)
     )
@@ -367,26 +372,44 @@ def _have_own_masks(twin: Link, main: Link, links: Sequence[Link]) -> bool:
     return False
 
 
-def _prefer_images(sets: Sequence[Link], files: NamedFiles) -> Iterator[tuple[list[Link], str]]:
-    """Yield the sets of images that are better than the others, and what the others are."""
+def _prefer_images(sets: Sequence[Link], files: NamedFiles) -> tuple[Link | None, list[str]]:
+    """Return the set of images that is better than the others, if one is, and why each is not."""
+    reasons = [""] * len(sets)
     constants = [files.constants(link.partners) for link in sets]
-    both = list(zip(sets, constants, strict=True))
+    for is_better, why, is_final in _criteria_of_images(sets, constants, files):
+        left = [k for k, reason in enumerate(reasons) if not reason]
+        better = [k for k in left if is_better(k)]
+        if len(better) == 1 or (is_final and better):
+            reasons = [
+                why if k in left and k not in better else reason for k, reason in enumerate(reasons)
+            ]
+        if len(better) == 1:
+            return sets[better[0]], reasons
+    return None, reasons
+
+
+def _criteria_of_images(
+    sets: Sequence[Link], constants: Sequence[frozenset[str]], files: NamedFiles
+) -> Iterator[tuple[Callable[[int], bool], str, bool]]:
+    """Yield what makes a set of images better, what is said of others, and if they are then out.
+
+    The best set is the one that is better alone, by the first criterion for which there is one.
+    """
     if len({frozenset(map(generalize_folder, link.partners)) for link in sets}) == 1:
         # Frames of a video, of which one in each folder has a mask.
-        yield (
-            [link for link in sets if _have_mask_stems(link, files)],
-            "have names unlike those of the masks",
-        )
-    yield [link for link in sets if _have_mask_sizes(link, files)], "have other sizes"
-    photographs = [link for link in sets if files.kind_by_pixels(link.partners) == "image"]
-    yield photographs, "are no photographs"
-    plain = [link for link, own in both if all(own <= others for others in constants)]
-    yield plain, "have longer names"
-    yield [link for link, own in both if own & IMAGE_WORDS], "are not called images"
+        why = "have names unlike those of the masks"
+        yield lambda k: _have_mask_stems(sets[k], files), why, False
+    yield lambda k: _have_mask_sizes(sets[k], files), "have other sizes", True
+    kinds = [files.kind_by_pixels(link.partners) for link in sets]
+    yield lambda k: kinds[k] == "image", "are no photographs", True
+    words = [own & _OTHER_IMAGE_WORDS for own in constants]
+    called = join_names([f"'{word}'" for word in sorted(frozenset.union(*words))])
+    yield lambda k: not words[k], f"are called {called}", True
+    yield lambda k: all(constants[k] <= others for others in constants), "have longer names", False
+    yield lambda k: bool(constants[k] & IMAGE_WORDS), "are not called images", False
     shared = [_count_shared_folders(link, files) for link in sets]
     best = max(shared)
-    near = [link for link, count in zip(sets, shared, strict=True) if count == best]
-    yield near, "share fewer folders with the masks"
+    yield lambda k: shared[k] == best, "share fewer folders with the masks", False
 
 
 def _count_shared_folders(link: Link, files: NamedFiles) -> int:
