@@ -315,18 +315,20 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     if len(sets) == 1:
         return main, ""
     names = files.name_sets([link.partners for link in sets])
-    chosen, reasons = _prefer_images(sets, files)
-    if chosen is not None:
+    reasons = _find_worse_images(sets, files)
+    left = [k for k, reason in enumerate(reasons) if not reason]
+    if len(left) == 1:
         unused: dict[str, list[str]] = defaultdict(list)
         for name, reason in zip(names, reasons, strict=True):
-            unused[reason].append(name)
-        (name,) = unused.pop("")
+            if reason:
+                unused[reason].append(name)
         others = "; and ".join(
             f"{' and '.join(listed)}, which are not used because they {reason}"
             for reason, listed in unused.items()
         )
-        return chosen, f"the images are {name}; the masks would also fit {others}"
-    left = [k for k, reason in enumerate(reasons) if not reason]
+        return sets[left[0]], (
+            f"the images are {names[left[0]]}; the masks would also fit {others}"
+        )
     sets, names = [sets[k] for k in left], [names[k] for k in left]
     listed = ", ".join(
         f"{name} ({len(link.partners)})" for name, link in zip(names, sets, strict=True)
@@ -372,20 +374,19 @@ def _have_own_masks(twin: Link, main: Link, links: Sequence[Link]) -> bool:
     return False
 
 
-def _prefer_images(sets: Sequence[Link], files: NamedFiles) -> tuple[Link | None, list[str]]:
-    """Return the set of images that is better than the others, if one is, and why each is not."""
+def _find_worse_images(sets: Sequence[Link], files: NamedFiles) -> list[str]:
+    """Return why each set of images is not used, empty for the best, or for those left to ask."""
     reasons = [""] * len(sets)
     constants = [files.constants(link.partners) for link in sets]
     for is_better, why, is_final in _criteria_of_images(sets, constants, files):
         left = [k for k, reason in enumerate(reasons) if not reason]
         better = [k for k in left if is_better(k)]
         if len(better) == 1 or (is_final and better):
-            reasons = [
-                why if k in left and k not in better else reason for k, reason in enumerate(reasons)
-            ]
+            for k in set(left).difference(better):
+                reasons[k] = why
         if len(better) == 1:
-            return sets[better[0]], reasons
-    return None, reasons
+            break
+    return reasons
 
 
 def _criteria_of_images(
