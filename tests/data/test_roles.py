@@ -57,6 +57,19 @@ def test_colour_images_are_chosen_beside_depth_and_previews_of_the_masks(tmp_pat
     assert "not used because they are called 'depth' and 'preview'" in chosen.notes[0]
 
 
+def test_a_folder_called_labeled_may_have_the_images(tmp_path: Path):
+    for k in range(3):
+        pixels, label = yard(k)
+        folder = tmp_path / "labeled_train" / "Nice"
+        save(folder / "Photos" / f"{k}.tif", pixels)
+        save(folder / "UrbanAtlas" / f"{k}_UA.tif", label)
+        save(tmp_path / "unlabeled_train" / "Calais" / "Photos" / f"{k + 5}.tif", pixels[::-1])
+    links = links_to_masks(named_files(tmp_path))
+    assert links[0].partners == {
+        f"train/labeled/nice/photos/{k}": f"train/labeled/nice/urbanatlas/{k}_ua" for k in range(3)
+    }
+
+
 def test_masks_in_colours_are_no_images_beside_two_sets_of_photographs(tmp_path: Path):
     for k in range(3):
         pixels, label = yard(k)

@@ -265,3 +265,16 @@ def test_files_that_name_one_value_differently_for_each_image_are_refused(tmp_pa
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "label_names.txt").write_text("\n".join(swapped))
     assert decide(tmp_path).classes.names == NAMES
+
+
+UNRELATED = {
+    "image-labels.csv": "video_01,Lower GI,polyps\nvideo_02,Upper GI,z-line\n",
+    "labels.json": json.dumps({"categories": [{"id": 1, "name": "Cell"}, {"id": 2, "name": "Nu"}]}),
+}
+
+
+@pytest.mark.parametrize("name", UNRELATED)
+def test_a_table_of_something_else_names_no_classes(tmp_path: Path, name: str):
+    write_yards(tmp_path, lambda label: (label > 1).astype(np.uint8) * 255)
+    (tmp_path / name).write_text(UNRELATED[name])
+    assert decide(tmp_path).classes.names == ("background", "foreground")

@@ -326,7 +326,8 @@ def _class_without_header(row: Sequence[str]) -> Iterator[NamedClass]:
         yield NamedClass(names[0], number, _to_color(parts))
     elif len(numbers) == 3 and not hexes:
         yield NamedClass(names[0], None, _to_color(numbers))
-    elif len(numbers) <= 1:
+    # Several texts without a number are a table of something else, such as diagnoses.
+    elif len(numbers) == 1 or (not numbers and (hexes or len(names) == 1)):
         yield NamedClass(names[0], next(iter(numbers), None), hexes[0] if hexes else None)
 
 
@@ -528,7 +529,7 @@ def _fit_listed_ids(table: ClassTable, named: NamedClasses) -> list[int] | None:
     used, ids = set(table.values), [each.id or 0 for each in named.classes]
     if used - {0} <= set(ids) and min(ids) >= 0 and max(ids) < 1 << 16:
         return ids
-    if len(used) == len(ids) == 2:
+    if len(used) == len(ids) == 2 and min(ids) == 0:
         # The file counts 0 and 1 where the masks have 0 and 255.
         value_of = dict(zip(sorted(ids), sorted(used), strict=True))
         return [value_of[each] for each in ids]

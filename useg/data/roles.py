@@ -48,6 +48,8 @@ _NUM_SAMPLED = 4
 _MAX_FILES_OF_ONE_PAIR = 5
 # Names of images that are no photographs of what the masks show. Photographs may be in colour.
 _OTHER_IMAGE_WORDS = OTHER_WORDS - {"color", "colors", "colour", "colours", "colored"}
+# What has masks is called so, as in labeled_train/images, and not only the masks.
+_HAVING_MASKS = frozenset(["labeled", "labelled"])
 # A set of masks for a smaller share of the images is not weighed against the others.
 _MIN_RIVAL_SHARE = 0.1
 
@@ -182,7 +184,8 @@ def _orient(link: Link, files: NamedFiles) -> _OrientedLink | None:
     """Return a link from images to masks, or None if its files are not images and their masks."""
     sides = list(link.partners), list(link.partners.values())
     words = [files.kind_by_words(*sides), files.kind_by_words(*reversed(sides))]
-    if not any(words) and all(role_of_words(files.constants(side)) == "mask" for side in sides):
+    constants = [files.constants(side) - _HAVING_MASKS for side in sides]
+    if not any(words) and all(role_of_words(own) == "mask" for own in constants):
         # Both are called masks, whatever they look like: neither are the images.
         return None
     named = _complete_roles(words)
