@@ -92,6 +92,11 @@ class ModelSettings(_Settings):
         description="initial weights of renamed classes: class of DATA=class of model.start, "
         "separated by commas (--map)",
     )
+    start_share: Share | None = Field(
+        None,
+        description="share of the weights of model.start to mix into the trained ones, so that the "
+        "model forgets less; by default 0.25 unless it lowers the score (0 to 1; 0 disables it)",
+    )
     padding: Literal["same", "valid"] = Field(
         "same",
         description="same (zero padding) or valid (unpadded convolutions, as in the paper)",
@@ -132,7 +137,7 @@ class ModelSettings(_Settings):
 
         Models without an output for objects omit ``objects``, like those of earlier versions.
         """
-        unused = {"pretrained", "weights", "start", "start_map"}
+        unused = {"pretrained", "weights", "start", "start_map", "start_share"}
         return self.model_dump(exclude=unused | (set() if self.objects else {"objects"}))
 
 

@@ -30,7 +30,7 @@ from useg.labelling.round_process import split_painted, train_round
 from useg.labelling.rounds import Rounds, Suggestion, _make_suggestion
 from useg.models.segmenter import Segmenter, save_model
 from useg.scoring.metrics import confusion, mean_iou, tally
-from useg.training.warm_start import count_seen
+from useg.training.warm_start import find_seen
 
 CHILD = Path(__file__).parent / "round_child.py"
 
@@ -135,7 +135,7 @@ def test_a_round_is_not_compared_with_its_start_on_masks_that_were_accepted_from
     write_model(start / "model.safetensors")
     write_settings(start / "run.toml", Settings(), {"dataset": str(tmp_path)})
     write_split_csv(start / "split.csv", dataset)
-    assert count_seen(start, dataset) == 2
+    assert len(find_seen(start, dataset)) == 2
 
 
 def test_a_round_takes_its_last_weights_and_not_those_that_fit_accepted_masks_best(

@@ -24,6 +24,7 @@ from useg.inference.predictor import load
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, load_model, save_model
 from useg.reporting.report import evaluate
+from useg.training import session
 from useg.training.plan import make_plan
 from useg.training.trainer import SilentProgress, prepare_trainer
 from useg.training.warm_start import WarmStart, adopt_settings, read_start
@@ -273,6 +274,55 @@ def test_few_held_out_images_do_not_choose_the_model_before_training(
     kept, said = spoil(run, tmp_path, 3, monkeypatch)
     assert "on the 3 held-out images, too few to decide between it and the trained model" in said
     assert load_model(kept.out).provenance["step"] == 3
+
+
+def test_delivered_model_takes_a_quarter_of_the_weights_of_its_start_at_a_new_place(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = name_classes(make_shapes(tmp_path / "new", 7, count=10), NAMES)
+    settings = {**SHORT, "train.steps": 10, "data.holdout": 0.2}
+    said: list[str] = []
+    progress = SilentProgress()
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(session, "MAX_MIXING_LOSS", 1.0)
+    mixed = useg.train(data, tmp_path / "a", start=run, settings=settings, progress=progress)
+    only_trained = {**settings, "model.start_share": 0.0}
+    trained = useg.train(data, tmp_path / "b", start=run, settings=only_trained)
+    assert any(line.startswith("25 % of the weights come from the model before") for line in said)
+    old, new, result = (load_model(path) for path in (run, trained.out, mixed.out))
+    assert result.provenance["start"]["share"] == 0.25
+    assert new.provenance["start"]["share"] == 0
+    assert new.provenance["step"] == result.provenance["step"] > 0
+    weights = zip(
+        *(model.network.state_dict().values() for model in (old, new, result)), strict=True
+    )
+    for before, after, final in weights:
+        expected = 0.25 * before + 0.75 * after if before.is_floating_point() else after
+        assert torch.allclose(final, expected.to(final.dtype), atol=1e-6)
+    assert evaluate(mixed, data, split="val").scores.mean_iou == mixed.scores.mean_iou
+    stored = (mixed.out / "model.safetensors").read_bytes()
+    assert useg.train(data, mixed.out, resume=True).scores == mixed.scores
+    assert (mixed.out / "model.safetensors").read_bytes() == stored
+
+
+def test_weights_of_the_start_are_left_out_where_they_lower_the_score(tmp_path: Path) -> None:
+    data = name_classes(make_shapes(tmp_path / "new", 7, count=10), NAMES)
+    start = tmp_path / "start.safetensors"
+    save_model(made_model(NAMES, width=8, depth=2), start)
+    settings = {**SHORT, "train.steps": 24, "data.holdout": 0.5, "train.learning_rate": 0.01}
+    result = useg.train(data, tmp_path / "a", start=start, settings=settings)
+    share = {**settings, "model.start_share": 0.25}
+    assert load_model(result.out).provenance["start"]["share"] == 0
+    forced = useg.train(data, tmp_path / "b", start=start, settings=share)
+    assert load_model(forced.out).provenance["start"]["share"] == 0.25
+    assert forced.scores.mean_iou < result.scores.mean_iou - session.MAX_MIXING_LOSS
+
+
+def test_model_that_goes_on_with_its_own_images_keeps_what_it_learns(
+    run: Path, data: Path, tmp_path: Path
+) -> None:
+    result = useg.train(data, tmp_path / "a", start=run, settings=SHORT)
+    assert load_model(result.out).provenance["start"]["share"] == 0
 
 
 def test_start_is_not_scored_where_no_image_is_held_out(

@@ -32,7 +32,13 @@ from useg.training.checkpoint import LogRow, check_run_folder, interruptible, ru
 from useg.training.monitor import Notice
 from useg.training.plan import Plan, make_plan, time_limit
 from useg.training.schedule import TimeBudget, count_steps
-from useg.training.session import TakenStep, TrainingSession, begin_session, score_counts
+from useg.training.session import (
+    TakenStep,
+    TrainingSession,
+    begin_session,
+    mix_with_start,
+    score_counts,
+)
 from useg.training.threads import ThreadControl
 from useg.training.trainer import Progress, SilentProgress, Trainer, prepare_trainer
 from useg.training.warm_start import WarmStart, read_start
@@ -106,8 +112,7 @@ def fit(
     for note in dataset.notes:
         progress.say(note)
     threads = ThreadControl(settings.train.thread_changes)
-    is_timed = not resume and time_limit(settings.train) is not None
-    if is_timed and threads.begin():
+    if not resume and time_limit(settings.train) is not None and threads.begin():
         progress.say(threads.describe())
     plan = make_plan(settings, dataset)
     start = read_start(plan, dataset) if plan.settings.model.start else None
@@ -196,8 +201,7 @@ def _start_run(
     trainer.settings = trainer.settings.with_(
         {"train.steps": length.steps, "train.validate_every": length.validate_every}
     )
-    num_train = len(trainer.batches.samples)
-    epochs = length.steps / trainer.batches.per_epoch
+    num_train, epochs = len(trainer.batches.samples), length.steps / trainer.batches.per_epoch
     progress.say(
         f"train.steps = {length.steps}: {epochs:.1f} epochs of {num_train} training images"
     )
@@ -213,14 +217,11 @@ def _close_session(session: TrainingSession, interrupted: bool) -> Run:
         # It was interrupted before the first validation.
         session.validate_and_keep_best(recorder.state.step)
     assert recorder.state.best is not None
+    scores = score_counts(trainer, recorder.state.best)
+    if trainer.start and not interrupted:
+        scores = mix_with_start(session, trainer.start, scores)
     if recorder.rows and not distributed.process_rank():
         with replacing(session.out / "curves.png", is_own_picture) as draft:
             draw_curves(recorder.rows, draft)
-    return Run(
-        session.out,
-        trainer.settings,
-        score_counts(trainer, recorder.state.best),
-        tuple(recorder.rows),
-        interrupted,
-        tuple(session.monitor.notices.values()),
-    )
+    rows, notices = tuple(recorder.rows), tuple(session.monitor.notices.values())
+    return Run(session.out, trainer.settings, scores, rows, interrupted, notices)

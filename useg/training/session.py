@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -26,7 +26,7 @@ from useg.device import CPU
 from useg.errors import DataError, SettingsError, UsageError, format_count
 from useg.images.image_files import write_picture
 from useg.machine import describe_machine
-from useg.models.segmenter import MODEL_NAME, Segmenter, save_model
+from useg.models.segmenter import MODEL_NAME, Segmenter, load_model, save_model
 from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
 from useg.training.checkpoint import (
     CHECKPOINT_NAME,
@@ -52,6 +52,7 @@ from useg.visualization import paint_label, side_by_side, to_picture
 
 if TYPE_CHECKING:
     from useg.training.unlabelled import Unlabelled
+    from useg.training.warm_start import WarmStart
 
 # An early estimate of the score is printed after this share of a timed run, unless the first
 # validation comes before twice that. It may take MAX_ESTIMATE_SHARE of the time.
@@ -66,6 +67,11 @@ MIN_REPORTED_CHANGE = 0.35
 # With fewer held-out images, the model that a run starts from is not kept: by two of them it seemed
 # better than one that scored 13 points more on ninety others.
 MIN_HELD_OUT_TO_KEEP_START = 5
+
+# At a new place, this share of the weights of the trained model comes from the model that it
+# started from, unless that lowers the mean IoU on the held-out images by more than MAX_MIXING_LOSS.
+START_SHARE = 0.25
+MAX_MIXING_LOSS = 0.01
 
 
 class Stopwatch:
@@ -147,8 +153,7 @@ class TrainingSession:
         assert self.train.validate_every
         self.batch, self.validate_every = self.train.batch, self.train.validate_every
         self.num_train = len(self.trainer.batches.samples)
-        self.num_taken = self.recorder.state.step
-        self.steps_said = self.schedule.steps
+        self.num_taken, self.steps_said = self.recorder.state.step, self.schedule.steps
         self.reads_late = self.trainer.device != CPU and not distributed.is_distributed()
 
     def take_step(self, x: Tensor, target: Tensor) -> TakenStep:
@@ -158,8 +163,7 @@ class TrainingSession:
         learning_rate = self.learning_rate()
         loss = self.trainer.train_step(self.optimizer, x, target)
         self.scheduler.step()
-        waited = self.stopwatch.waited
-        return TakenStep(self.num_taken, x, target, learning_rate, loss, waited)
+        return TakenStep(self.num_taken, x, target, learning_rate, loss, self.stopwatch.waited)
 
     def may_overlap_next(self, step: int, stop: StopRequest) -> bool:
         """Return whether the next step may begin before this one is accounted for.
@@ -295,8 +299,7 @@ class TrainingSession:
         scores = score_counts(trainer, validation.counts)
         best = None if state.best is None else score_counts(trainer, state.best).mean_iou
         # NaN (no pixel counts) compares as not worse: a later model is kept.
-        is_worse = best is not None and scores.mean_iou <= best
-        if not is_worse:
+        if best is None or not scores.mean_iou <= best:
             state.best = torch.from_numpy(validation.counts)
             _save_best_model(trainer, self.out, self.dataset, step, scores)
         return validation, scores
@@ -338,7 +341,8 @@ class TrainingSession:
             model = self.trainer.model
             model.eval()
             comparison = self.unlabelled.ending_seconds if self.unlabelled else 0.0
-            self.budget.ending_measured(self.measure_ending(model) + comparison)
+            mixing = self.budget.validation_seconds if self.trainer.start else 0.0
+            self.budget.ending_measured(self.measure_ending(model) + comparison + mixing)
             self.trainer.set_training_mode()
         self.budget.skip()
 
@@ -481,6 +485,50 @@ def _draw_batch(trainer: Trainer, x: Tensor, target: Tensor, path: Path) -> None
         pictures = [to_picture(np.nan_to_num(inner)), paint_label(label, trainer.model.classes)]
         rows.append(side_by_side(pictures, ("image", "truth")))
     write_picture(path, np.concatenate(rows))
+
+
+def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -> Scores:
+    """Mix weights of the start into the kept model, and return the scores of the result.
+
+    It knows more of the old place than a model that was only trained on the new one
+    (Wortsman and others 2022, "Robust fine-tuning of zero-shot models").
+
+    Args:
+        session: The run, after its last step.
+        start: The model that the run started from.
+        scores: Scores of the model that the run has kept.
+    """
+    trainer, given = session.trainer, session.trainer.settings.model.start_share
+    share = _choose_start_share(trainer, start)
+    # Every process waits until the file is written.
+    distributed.broadcast_from_main(None)
+    kept = load_model(session.out)
+    if not share or not kept.provenance["step"]:
+        return scores
+    trainer.model.load_state_dict(kept.state_dict())
+    if kept.provenance["start"]["share"]:
+        # The run had ended before.
+        return score_counts(trainer, validate(trainer, trainer.val).counts)
+    start.mix_into(trainer.model, share)
+    mixed = score_counts(trainer, validate(trainer, trainer.val).counts)
+    if given is None and mixed.mean_iou < scores.mean_iou - MAX_MIXING_LOSS:
+        return scores
+    trainer.start = replace(start, share=share)
+    _save_best_model(trainer, session.out, session.dataset, kept.provenance["step"], mixed)
+    session.progress.say(
+        f"{100 * share:.0f} % of the weights come from the model before training, so that the "
+        "new model knows more of the old place; model.start_share = 0 prevents this"
+    )
+    return mixed
+
+
+def _choose_start_share(trainer: Trainer, start: WarmStart) -> float:
+    """Return the share of the weights of the start to mix into the trained model."""
+    given = trainer.settings.model.start_share
+    if not start.keeps_all_classes or given is not None:
+        return given or 0.0
+    is_alike = trainer.model.working == start.model.working
+    return START_SHARE if start.is_new_place and is_alike and trainer.val else 0.0
 
 
 def _save_best_model(

@@ -67,6 +67,7 @@ MIN_LONG_MINUTES, MIN_LONG_STEPS = 5.0, 10_000
 # Settings that older checkpoints do not name, with the values for which these are right.
 _NEWER_SETTINGS = {
     "model.start_map": None,
+    "model.start_share": None,
     "data.standardize": False,
     "data.train_every": None,
     "data.val_every": None,

@@ -46,14 +46,18 @@ class WarmStart:
         path: Its file or run folder.
         rows: For each class of the data, the row of the model's output layer, or -1 for a new one.
         num_seen: Held-out images that the model or its ancestors were trained on.
+        is_new_place: Whether no image of the data was among their training images.
         notes: What is taken over and what is not, in sentences.
+        share: Share of these weights in the kept model of the run (:meth:`mix_into`).
     """
 
     model: Segmenter
     path: Path
     rows: tuple[int, ...]
     num_seen: int
+    is_new_place: bool
     notes: tuple[str, ...]
+    share: float = 0.0
 
     @property
     def keeps_all_classes(self) -> bool:
@@ -75,6 +79,7 @@ class WarmStart:
             "new_classes": _names_without(classes, self.rows),
             "dropped_classes": [name for k, name in enumerate(old) if k not in self.rows],
             "num_seen": self.num_seen,
+            "share": self.share,
         }
 
     def initialize(self, model: Segmenter) -> None:
@@ -96,6 +101,17 @@ class WarmStart:
             for k, row in enumerate(rows):
                 if row != _NEW_ROW:
                     tensor[k] = source[row]
+
+    def mix_into(self, model: Segmenter, share: float) -> None:
+        """Give the model of the run this share of these weights, and keep the rest of its own."""
+        weights = model.network.state_dict()
+        trained = {name: tensor.clone() for name, tensor in weights.items()}
+        self.initialize(model)
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                tensor.lerp_(trained[name], 1 - share)
+            else:
+                tensor.copy_(trained[name])
 
     def pixel_statistics(self, channels: int) -> tuple[list[float], list[float]]:
         """Return mean and deviation of each band; other bands than the model's get their mean."""
@@ -195,14 +211,15 @@ def read_start(plan: Plan, dataset: Dataset) -> WarmStart:
             f"convert the images to {model.pixels}, or do not start from that model"
         )
     rows = _match_rows(dataset, model, settings.model.start_map)
-    num_seen = count_seen(path, dataset)
+    seen = find_seen(path, dataset)
+    num_seen = len(seen & {pair.identity for pair in dataset.of("val")})
     notes = [
         _describe_classes(rows, dataset.classes, model.classes),
         *_describe_sizes(plan, dataset, model),
         *_describe_bands(plan.channels, model.channels),
         *_describe_seen(num_seen, dataset),
     ]
-    return WarmStart(model, path, rows, num_seen, tuple(notes))
+    return WarmStart(model, path, rows, num_seen, not seen, tuple(notes))
 
 
 def _match_rows(dataset: Dataset, model: Segmenter, text: str | None) -> tuple[int, ...]:
@@ -317,19 +334,18 @@ def refuse_changed_start(run_toml: Path) -> None:
         )
 
 
-def count_seen(path: Path, dataset: Dataset) -> int:
-    """Count the held-out images that the model or one of its ancestors was trained on.
+def find_seen(path: Path, dataset: Dataset) -> set[tuple[Path, int | None]]:
+    """Return the identities of the images that the model or one of its ancestors was trained on.
 
     They are read from the run folders of the models, as far as these still exist.
     """
-    held_out = {pair.identity for pair in dataset.of("val")}
     seen: set[tuple[Path, int | None]] = set()
     for folder, name in _ancestors(path):
         with suppress(DataError):
             known = restore_splits(folder / "split.csv", dataset, "")
             if known and name == dataset.root.name:
                 seen |= {pair.identity for pair in known.of("train")}
-    return len(held_out & seen)
+    return seen & {pair.identity for pair in dataset.pairs}
 
 
 def _ancestors(path: Path) -> Iterator[tuple[Path, str]]:
