@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from typing import Any
 from useg.classes import ClassTable
 from useg.data.annotations.pairing import pair_annotated, pair_yolo
 from useg.data.dataset import ClassMasks, DetectedLayout, Pair
-from useg.data.file_names import MASK_WORDS, common_glob
+from useg.data.file_names import MASK_WORDS, MAX_STARS, common_glob
 from useg.data.ground_truth import (
     OTHER_WORDS,
     Candidate,
@@ -57,10 +58,7 @@ _KEYS = (
 _OFFICIAL_SPLITS = ("train", "val", "test")
 
 
-# Most stars in one name of a glob, and most ** in a glob: each multiplies the time to match.
-MAX_STARS = 3
-
-
+# Most ** in a glob: each multiplies the time to match.
 MAX_FOLDER_STARS = 2
 MAX_GLOB_LENGTH = 1000
 # Files and folders in all folders that a glob looks through.
@@ -131,7 +129,23 @@ def read_dataset_toml(file: Path) -> GlobSettings:
     Raises:
         DataError: The file is not valid TOML, or has an unknown key or value.
     """
-    content = _read_known_keys(file)
+    try:
+        content = read_toml(file)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f'{file} is not valid TOML ({error}); correct it, for example: images = "photos/*.jpg"'
+        ) from error
+    return _check_settings(file, content)
+
+
+def _check_settings(file: Path, content: dict[str, Any]) -> GlobSettings:
+    """Return the settings in the content of a ``dataset.toml``; unknown ones are an error."""
+    for key in content:
+        if key not in _KEYS:
+            raise DataError(
+                f"{file} has the unknown key {key!r}; choose from {', '.join(_KEYS)}"
+                f"{suggest(key, _KEYS)}"
+            )
     masks, splits = content.get("masks", ""), content.get("splits", "")
     class_masks = masks if isinstance(masks, dict) else {}
     split_globs = splits if isinstance(splits, dict) else {}
@@ -185,23 +199,6 @@ def _check_types(file: Path, texts: Sequence[object], content: Mapping[str, Any]
     for key in ("objects", "alpha"):
         if not isinstance(content.get(key), bool | None):
             raise DataError(f"{file} has {key} = {content[key]!r}; choose true or false")
-
-
-def _read_known_keys(file: Path) -> dict[str, Any]:
-    """Read the content of a ``dataset.toml``; an unknown key is an error."""
-    try:
-        content = read_toml(file)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f'{file} is not valid TOML ({error}); correct it, for example: images = "photos/*.jpg"'
-        ) from error
-    for key in content:
-        if key not in _KEYS:
-            raise DataError(
-                f"{file} has the unknown key {key!r}; choose from {', '.join(_KEYS)}"
-                f"{suggest(key, _KEYS)}"
-            )
-    return content
 
 
 def _check_choices(file: Path, content: Mapping[str, Any]) -> None:
@@ -415,10 +412,17 @@ def _compile_glob(pattern: str) -> re.Pattern[str]:
             text, name = f"{text}(?>{name}/)", ""
         elif re.match(r"[*?]|\[[^]]+\]", part):
             tokens = re.findall(r"\*|\?|\[[^]]+\]", part)
-            name += f"({''.join(inner.get(token, token.replace('[!', '[^')) for token in tokens)})"
+            name += f"({''.join(inner.get(token) or _compile_set(token) for token in tokens)})"
         else:
             name += re.escape(part)
     return re.compile(text + name, re.DOTALL)
+
+
+def _compile_set(token: str) -> str:
+    """Return a set of characters such as ``[!a-c]`` as part of a regular expression."""
+    negation, characters = ("^", token[2:-1]) if token[1] == "!" else ("", token[1:-1])
+    literal = re.sub(r"([\\\[&~|^])", r"\\\1", characters)
+    return f"[{negation}{literal}]"
 
 
 def make_choice(error: OpenChoiceError, folder: Path) -> DetectedLayout:
@@ -436,7 +440,7 @@ def make_choice(error: OpenChoiceError, folder: Path) -> DetectedLayout:
     found_files = [*joined[1].images, *_list_files(joined[1])] if joined else []
     rest = sorted({*files} - {*found_files}, key=natural_key)
     if joined is None or 2 * len(rest) > len(files) or not _are_certain(joined[0], error):
-        options = [_describe_class_masks(joined[0])] if joined else []
+        options = [_describe_class_masks(joined[0], folder, file)] if joined else []
         for candidate in (*error.left, *error.candidates):
             options.append(_try_settings(candidate, folder, file, files))
         raise DataError(f"'{folder}': {error}. {_describe_options(options, file)}") from error
@@ -479,14 +483,28 @@ def _try_settings(candidate: Candidate, folder: Path, file: Path, files: Sequenc
     """Return the lines of a dataset.toml for a candidate, or ``""`` if they pair otherwise."""
     images = common_glob(list(candidate.masks), folder, files)
     masks = common_glob(list(candidate.masks.values()), folder, files)
+    lines = [f"images = {quote_toml(images)}", f"masks = {quote_toml(masks)}"]
+    found = _follow("\n".join(lines), folder, file)
+    if found is None or {pair.image: pair.mask for pair in found.pairs} != dict(candidate.masks):
+        return ""
+    return "\n".join((*lines, *_skip_missing(found)))
+
+
+def _follow(option: str, folder: Path, file: Path) -> DetectedLayout | None:
+    """Return the pairs of a possible dataset.toml, or None if useg would refuse it."""
+    if not option.replace("\n", "").isprintable():
+        return None
     try:
-        found = pair_by_globs(folder, file, GlobSettings(images, masks))
-    except DataError:
-        return ""
-    is_same = {pair.image: pair.mask for pair in found.pairs} == dict(candidate.masks)
-    if not is_same or not f"{images}{masks}".isprintable():
-        return ""
-    return f"images = {quote_toml(images)}\nmasks = {quote_toml(masks)}"
+        found = pair_by_globs(folder, file, _check_settings(file, tomllib.loads(option)))
+    except (DataError, ValueError):
+        return None
+    has_training_images = any(pair.split in ("", "train") for pair in found.pairs)
+    return found if has_training_images and not found.masks else None
+
+
+def _skip_missing(found: DetectedLayout) -> list[str]:
+    """Return the line of a dataset.toml that leaves out images without a mask, if there are any."""
+    return ['missing = "skip"'] * bool(found.images)
 
 
 def _find_class_masks(
@@ -508,10 +526,12 @@ def _find_class_masks(
     return (settings, found) if len(found.pairs) == len(labelled) else None
 
 
-def _describe_class_masks(settings: GlobSettings) -> str:
-    """Return the lines of a dataset.toml that join one mask per class."""
-    lines = [f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in settings.class_masks]
-    return "\n".join((f"images = {quote_toml(settings.images)}", "[masks]", *lines))
+def _describe_class_masks(settings: GlobSettings, folder: Path, file: Path) -> str:
+    """Return the lines of a dataset.toml that join one mask per class; ``""`` if refused."""
+    images = f"images = {quote_toml(settings.images)}"
+    globs = [f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in settings.class_masks]
+    found = _follow("\n".join((images, "[masks]", *globs)), folder, file)
+    return "\n".join((images, *_skip_missing(found), "[masks]", *globs)) if found else ""
 
 
 def quote_toml(text: str) -> str:

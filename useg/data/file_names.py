@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import glob
 import heapq
+import itertools
 import math
 import re
 import unicodedata
@@ -103,6 +104,8 @@ _MAX_SAMPLES = 32
 _MAX_CANDIDATES = 12
 _MAX_COMPARED = 300
 _MAX_SHARING = 4000
+# Most stars in one name of a glob: each multiplies the time to match.
+MAX_STARS = 3
 # A rule that may fit a name in more ways is not tried.
 _MAX_FITS = 10_000
 # Up to this many ways are all tried, otherwise the first and the last.
@@ -346,7 +349,9 @@ def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -
     shared = [_common_folder([parts[k] for parts in folders]) for k in range(fewest)]
     if len(set(map(len, folders))) > 1:
         constant = next((k for k, text in enumerate(shared) if text == "*"), fewest)
-        shared = [*shared[:constant], "**"]
+        ends = [_common_folder([parts[-k] for parts in folders]) for k in range(1, fewest + 1)]
+        last = [*itertools.dropwhile("*".__eq__, reversed(ends[: fewest - constant]))]
+        shared = [*shared[:constant], "**", *last]
     places, own = {path.parent for path in files}, set(files)
     others = [path.name for path in known if path.parent in places and path not in own]
     name = ""
@@ -364,7 +369,20 @@ def _globs_of_names(files: Sequence[Path]) -> list[str]:
         whole = glob.escape(files[0].name)
         return [whole] if len(files) == 1 else [f"*{suffix}", whole]
     start, end = _common_ends([path.stem for path in files])
-    return [f"*{suffix}", f"*{end}{suffix}", f"{start}*{suffix}", f"{start}*{end}{suffix}"]
+    inner = _common_parts([path.stem for path in files])
+    names = ["*", f"*{end}", f"{start}*", f"{start}*{end}", *([inner] if inner else [])]
+    return [f"{name}{suffix}" for name in names]
+
+
+def _common_parts(texts: Sequence[str]) -> str:
+    """Return what texts of equally many parts have in common, with a few stars, or ``""``."""
+    rows = [split_name(text) for text in texts]
+    if len(set(map(len, rows))) > 1:
+        return ""
+    columns = list(zip(*rows, strict=True))
+    parts = [glob.escape(each[0]) if len(set(each)) == 1 else "*" for each in columns]
+    text = re.sub(r"\*+", "*", "".join(parts))
+    return text if text.count("*") <= MAX_STARS else ""
 
 
 def _common_folder(names: Sequence[str]) -> str:

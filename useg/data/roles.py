@@ -260,7 +260,7 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         choice, field_of_view = main, ""
         notes = [note] if note else []
         if rivals:
-            choice, notes_of_choice, field_of_view = _choose_masks([main, *rivals], files)
+            choice, notes_of_choice, field_of_view = _choose_masks([main, *rivals], links, files)
             notes += notes_of_choice
         every_mask = masks | extra | {mask for link in rivals for mask in link.partners.values()}
         # A rule of few images, such as 4 -> 0, says nothing about the others.
@@ -452,11 +452,48 @@ def _keep_equally_good(truths: Sequence[Candidate]) -> Sequence[Candidate]:
         return error.left
 
 
-def _choose_masks(links: Sequence[Link], files: NamedFiles) -> tuple[Link, tuple[str, ...], str]:
-    candidates = _as_candidates(links, files)
-    choice = choose_truth(candidates)
+def _choose_masks(
+    sets: Sequence[Link], links: Sequence[Link], files: NamedFiles
+) -> tuple[Link, tuple[str, ...], str]:
+    """Return the link to the ground truth among sets of masks, why, and the field of view.
+
+    If they leave it open, each one with what ``links`` say about other images is compared.
+
+    Raises:
+        OpenChoiceError: It stays open.
+    """
+    candidates = _as_candidates(sets, files)
+    try:
+        choice = choose_truth(candidates)
+    except OpenChoiceError:
+        joined = [_join_series(link, links, files) for link in sets]
+        sets = [
+            link
+            for k, link in enumerate(joined)
+            if not any(link.partners.items() <= other.partners.items() for other in joined[:k])
+        ]
+        if len(sets) < 2 or all(link in links for link in sets):
+            raise
+        candidates = _as_candidates(sets, files)
+        choice = choose_truth(candidates)
     view = choice.field_of_view.name if choice.field_of_view else ""
-    return links[candidates.index(choice.chosen)], choice.notes, view
+    return sets[candidates.index(choice.chosen)], choice.notes, view
+
+
+def _join_series(link: Link, links: Sequence[Link], files: NamedFiles) -> Link:
+    """Add the pairs of links to further masks of the same series, whose images lie beside these."""
+    partners = dict(link.partners)
+    for other in links:
+        added = other.partners
+        if {*added, *added.values()} & {*partners, *partners.values()}:
+            continue
+        words = [
+            set(filter(str.isalpha, files.constants(each.values()))) for each in (partners, added)
+        ]
+        folders = [generalize_folder(min(each)) for each in (partners, added)]
+        if words[0] == words[1] and folders[0] == folders[1]:
+            partners |= added
+    return Link(link.rule, partners)
 
 
 def _as_candidates(links: Sequence[Link], files: NamedFiles) -> list[Candidate]:

@@ -1,0 +1,115 @@
+"""A question offers lines of a ``dataset.toml``: they work, as they are printed."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_strangers import save, yard
+
+from useg.data.dataset import read_label
+from useg.data.file_names import common_glob
+from useg.data.layouts import find_dataset
+from useg.data.splits import assign_splits
+from useg.errors import UsageError
+
+pytestmark = pytest.mark.wheel
+
+# For each layout, the path of the k-th image, those of its sets of masks, and the offers that it
+# has at least. A suffix of numbers says which images have the mask: "a.png @0-3".
+LAYOUTS = {
+    "raters of some images": (
+        "Imgs/slide{k}.jpg",
+        ("Maps1/slide{k}.png @0-5", "Maps2/slide{k}.png @2-7"),
+        2,
+    ),
+    "names that change in the middle": (
+        "IO STAR/image/STAR {k}_O{DS}C.jpg",
+        ("IO STAR/mask_OD/STAR {k}_O{DS}C_OD.tif", "IO STAR/GT/GT_{k}.tif"),
+        2,
+    ),
+    "masks in one folder": (
+        "S_{kind}/10/S_{kind}_rgb_{k}.png",
+        (
+            "Scene_{kind}/10/Scene_{kind}_L2R_cl_{k}.tif",
+            "Scene_{kind}/10/Scene_{kind}_L2R_cf_{k}.tif",
+        ),
+        2,
+    ),
+    "folders of unequal depth": (
+        "S-SEG/{deep}/Frame/case{kind}/{k}.jpg",
+        ("S-SEG/{deep}/GT/case{kind}/{k}.png", "S-SEG/{deep}/Polygon/case{kind}/{k}.png"),
+        2,
+    ),
+    "images split, masks together": (
+        "images/{split}_set/r{k}.png",
+        ("segmentations/r{k}-1-first-T.png", "segmentations/r{k}-1-second-T.png"),
+        2,
+    ),
+    "quotes and brackets": (
+        'pic "a" [1]/{k}.png',
+        ('truth "a" [1]/{k}.png', 'truth "b" [1]/{k}.png'),
+        2,
+    ),
+    "a backslash": ("images/{k}.png", ("seg \\one/{k}.png", "seg \\two/{k}.png"), 2),
+    "all for validation": ("val/images/{k}.png", ("val/gt_a/{k}.png", "val/gt_b/{k}.png"), 0),
+    "a line break": ("images/{k}.png", ("seg\na/{k}.png", "seg\nb/{k}.png"), 0),
+    "a mask alone": ("images/{k}.png @0-6", ("mask_a/{k}.png @0-6", "mask_b/{k}.png"), 1),
+}
+
+
+def write_layout(root: Path, image: str, masks: tuple[str, ...]) -> None:
+    for k in range(8):
+        pixels, label = yard(k)
+        texts = {
+            "k": k + 10,
+            "kind": k % 2 + 3,
+            "DS": "DS"[k % 2],
+            "deep": "Train" if k < 5 else "TestEasy/Seen",
+            "split": "training" if k < 5 else "test",
+        }
+        for n, text in enumerate((image, *masks)):
+            name, _, numbers = text.partition(" @")
+            first, last = map(int, numbers.split("-")) if numbers else (0, 7)
+            if first <= k <= last:
+                # No set of masks follows from another one.
+                mask = ((label + n) % 3 == 1).astype(np.uint8) * 255 if n else pixels
+                save(root / name.format(**texts), mask)
+
+
+def ask(root: Path) -> tuple[str, list[str]]:
+    """Return what useg says about a folder, and the contents of a dataset.toml that it offers."""
+    try:
+        dataset = assign_splits(find_dataset(root))
+        for pair in dataset.pairs:
+            read_label(pair, dataset)
+    except UsageError as error:
+        offered = re.search(r"To choose, write [^\n]*:\n(.*)", str(error), re.DOTALL)
+        return str(error), re.split(r"^or$\n", offered[1], flags=re.M) if offered else []
+    return "", []
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_offered_lines_of_a_dataset_toml_work(tmp_path: Path, name: str) -> None:
+    image, masks, least = LAYOUTS[name]
+    write_layout(tmp_path, image, masks)
+    said, offers = ask(tmp_path)
+    assert "unclear which of them is the ground truth" in said
+    assert len(offers) >= least
+    for offer in offers:
+        (tmp_path / "dataset.toml").write_text(offer, "utf-8")
+        assert tomllib.loads(offer)["images"]
+        further, questions = ask(tmp_path)
+        assert not further or questions, offer
+
+
+def test_a_glob_names_the_folders_below_those_of_unequal_depth() -> None:
+    files = [Path("d/train/gt/c1/a.png"), Path("d/test/easy/gt/c2/b.png")]
+    assert common_glob(files, Path("d")) == "**/gt/c*/*.png"
+
+
+def test_a_glob_names_what_files_share_in_the_middle() -> None:
+    files = [Path(f"d/s_{k}_cl_{k}.tif") for k in (1, 2)]
+    others = [Path(f"d/s_{k}_rep_{k}.tif") for k in (1, 2)]
+    assert common_glob(files, Path("d"), [*files, *others]) == "s_*_cl_*.tif"
