@@ -379,7 +379,10 @@ def _report(run: Run, dataset: Dataset, began: float) -> None:
         "seconds": seconds,
         "machine": describe_machine(),
     }
-    facts = {"Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes", **run_facts(run)}
+    facts = {
+        "Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes",
+        **run_facts(run, predictor),
+    }
     if compared := [row["unlabelled"] for row in run.log if "unlabelled" in row]:
         from useg.training.unlabelled import describe_comparisons
 
@@ -468,7 +471,7 @@ def _run_demo(out: Path, minutes: float, num_scenes: Mapping[str, int], progress
         classes=predictor.classes,
         thumbnails=thumbnails,
         log=run.log,
-        facts={"Whole demo": f"{seconds / 60:.1f} minutes", **run_facts(run)},
+        facts={"Whole demo": f"{seconds / 60:.1f} minutes", **run_facts(run, predictor)},
         commands=command_lines(str(out / "run"), str(out / "test"), "all"),
     )
     publish_report(out / "report.html", report, predictor, dataset)

@@ -300,6 +300,7 @@ def test_delivered_model_takes_a_quarter_of_the_weights_of_its_start_at_a_new_pl
         expected = 0.25 * before + 0.75 * after if before.is_floating_point() else after
         assert torch.allclose(final, expected.to(final.dtype), atol=1e-6)
     assert evaluate(mixed, data, split="val").scores.mean_iou == mixed.scores.mean_iou
+    assert "run, with 25 % of its weights" in (mixed.out / "report.md").read_text()
     stored = (mixed.out / "model.safetensors").read_bytes()
     assert useg.train(data, mixed.out, resume=True).scores == mixed.scores
     assert (mixed.out / "model.safetensors").read_bytes() == stored

@@ -344,7 +344,7 @@ def _count_duplicates(evaluation: Evaluation, dataset: Dataset) -> int | None:
     return sum(int(index >= len(train) > earlier[0]) for index, earlier, _ in found)
 
 
-def run_facts(run: Run) -> dict[str, str]:
+def run_facts(run: Run, predictor: Predictor) -> dict[str, str]:
     """Return what a reader needs to reproduce a run."""
     model, data = run.settings.model, run.settings.data
     return {
@@ -353,9 +353,18 @@ def run_facts(run: Run) -> dict[str, str]:
         "Working size": "x".join(map(str, data.size)) if data.size else f"scale {data.scale}",
         **_images_used(data),
         "Seed": str(run.settings.train.seed),
-        **({"Started from": printable(Path(model.start).name)} if model.start else {}),
+        **_describe_start(predictor.runtime.description.provenance),
         **machine_facts(),
     }
+
+
+def _describe_start(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return which model a run started from; nothing if there was none."""
+    if not (start := provenance.get("start")):
+        return {}
+    share = 100 * start.get("share", 0)
+    part = f", with {share:.0f} % of its weights" if share else ""
+    return {"Started from": f"{printable(start['model'])}{part}"}
 
 
 def _images_used(data: DataSettings) -> dict[str, str]:
