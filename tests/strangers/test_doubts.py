@@ -146,6 +146,26 @@ def test_lists_of_splits_that_name_no_image_are_mentioned(tmp_path: Path) -> Non
     assert any("train.txt: not used as splits" in note for note in dataset.notes)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_lists_with_other_words_give_the_splits(tmp_path: Path, number: int) -> None:
+    # KITTI-360: each line names an image and its mask.
+    names = [f"drive_{k}" for k in range(4)]
+    for k, name in enumerate(names):
+        image, label = yard(k)
+        save(tmp_path / "raw" / f"{name}.png", image)
+        save(tmp_path / "semantic" / f"{name}.png", label)
+    for k in range(number):
+        for split, listed in (("train", names[:3]), ("val", names[3:])):
+            lines = "".join(f"raw/{name}.png semantic/{name}.png\n" for name in listed)
+            (tmp_path / f"2013_{k}_{split}_frames.txt").write_text(lines)
+    dataset = find_dataset(tmp_path)
+    splits = ["train", "train", "train", "val"] if number == 1 else [""] * 4
+    assert [pair.split for pair in dataset.pairs] == splits
+    said = dataset.splits_by if number == 1 else dataset.notes[-1]
+    assert "2013_0_train_frames.txt" in said
+    assert ("there are several folds or splits" in said) == (number == 2)
+
+
 def write_yards(root: Path, images: str, masks: str) -> None:
     for k in range(5):
         image, label = yard(k)

@@ -191,6 +191,13 @@ def read_split_lists(files: Sequence[Path], pairs: Sequence[Pair], root: Path) -
     """
     groups, with_folds = _group_lists(files)
     splits, used = _read_best_group(groups, pairs, root) if groups else ({}, ())
+    if not splits and (others := _group_other_lists(files)):
+        read = [_read_best_group({key: others[key]}, pairs, root) for key in sorted(others)]
+        known = [each for each in read if each[0]]
+        if len(known) == 1:
+            splits, used = known[0]
+        else:
+            with_folds += [path for each in known for path in each[1]]
     is_split = any(pair.split for pair in pairs)
     if is_split and "val" not in splits.values():
         # Such lists say no more than the folders.
@@ -231,6 +238,24 @@ def _group_lists(files: Sequence[Path]) -> tuple[dict[Path, list[_SplitList]], l
             lines = tuple(listed[split]) if split in listed else None
             groups[path.parent].append(_SplitList(path, split, lines))
     return groups, with_folds
+
+
+def _group_other_lists(files: Sequence[Path]) -> dict[Path, list[_SplitList]]:
+    """Return lists with other words in their names, such as ``drive_train_frames.txt``.
+
+    Those of a group differ only by the split, and have at least two.
+    """
+    texts = [path for path in files if path.suffix in (".txt", ".lst")]
+    counts = Counter(path.parent for path in texts)
+    groups: dict[Path, list[_SplitList]] = defaultdict(list)
+    for path in texts:
+        parts = split_folder(path.stem)
+        words = [word for word in parts if word.casefold() in SPLIT_FOLDERS]
+        if len(words) == 1 and counts[path.parent] <= _MAX_FILES_OF_A_SUFFIX:
+            rest = "".join("*" if part == words[0] else part for part in parts)
+            split = SPLIT_FOLDERS[words[0].casefold()]
+            groups[path.parent / rest].append(_SplitList(path, split))
+    return {key: each for key, each in groups.items() if len({one.split for one in each}) > 1}
 
 
 def _read_best_group(
