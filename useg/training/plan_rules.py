@@ -310,31 +310,35 @@ def choose_images(dataset: Dataset, seconds: float) -> dict[str, tuple[int, str]
         dataset: Pairs with their splits assigned.
         seconds: The time of the run.
     """
-    limits = {
-        "train": (TRAINING_COST, 0, TRAINING_TIME_SHARE, MIN_TRAINING_IMAGES, "read"),
-        "val": (
-            VALIDATION_COST,
-            REPORT_COST_IMAGES,
-            VALIDATION_TIME_SHARE,
-            MIN_VALIDATION_IMAGES,
-            "score",
+    num_train, num_val = len(dataset.of("train")), len(dataset.of("val"))
+    is_small = num_train <= MIN_TRAINING_IMAGES and num_val <= MIN_VALIDATION_IMAGES
+    # As a share of the time of the run.
+    decoding = 0.0 if is_small else measure_decoding(dataset) / seconds
+    read, scored = TRAINING_COST * decoding, VALIDATION_COST * decoding
+    left = VALIDATION_TIME_SHARE - REPORT_COST_IMAGES * scored
+    return {
+        "data.train_every": (
+            _choose_every(num_train, read, TRAINING_TIME_SHARE, MIN_TRAINING_IMAGES),
+            _explain_every(f"read all {num_train:,} training images", num_train * read),
+        ),
+        "data.val_every": (
+            _choose_every(num_val, scored, left, MIN_VALIDATION_IMAGES),
+            _explain_every(f"score all {num_val:,} validation images", num_val * scored),
         ),
     }
-    counts = {split: len(dataset.of(split)) for split in limits}
-    is_small = all(counts[split] <= fewest for split, (*_, fewest, _) in limits.items())
-    decoding = 0.0 if is_small else measure_decoding(dataset)
-    chosen = {}
-    for split, (cost, more, share, fewest, verb) in limits.items():
-        each = cost * decoding / seconds
-        count, left = counts[split], max(share - each * more, each)
-        every = math.ceil(count * each / left) if each else 1
-        chosen[f"data.{split}_every"] = (
-            max(1, min(every, count // fewest)),
-            f"to {verb} all {count:,} images of the split {split} would take about "
-            f"{100 * each * (count + more):.0f} % of the time; give more minutes to use more of "
-            "them",
-        )
-    return chosen
+
+
+def _choose_every(count: int, each: float, limit: float, fewest: int) -> int:
+    """Return n, so that every n-th of some images takes no more than its limit of the time."""
+    every = math.ceil(count * each / max(limit, each)) if each else 1
+    return max(1, min(every, count // fewest))
+
+
+def _explain_every(work: str, share: float) -> str:
+    return (
+        f"to {work} would take about {100 * share:.0f} % of the time; give more minutes to use "
+        "more of them"
+    )
 
 
 def measure_decoding(dataset: Dataset) -> float:
