@@ -70,6 +70,25 @@ def test_a_folder_called_labeled_may_have_the_images(tmp_path: Path):
     }
 
 
+@pytest.mark.parametrize("number", [6, 5])
+def test_depth_maps_take_no_masks_from_the_images(tmp_path: Path, number: int):
+    # NYU has the same labels with 40 and with 13 classes.
+    for k in range(6):
+        pixels, label = yard(k)
+        save(tmp_path / "image" / f"{k}.png", pixels)
+        save(tmp_path / "depth" / f"{k}.png", pixels[..., 0].astype("uint16") * 9)
+        save(tmp_path / "label13" / f"{k}.png", label // 2)
+        if k < number:
+            save(tmp_path / ("label40" if number == 6 else "water") / f"{k}.png", label)
+    files = named_files(tmp_path)
+    if number == 6:
+        with pytest.raises(DataError, match="2 sets of masks for the same images: label13/"):
+            list(choose_pairs(links_to_masks(files), files))
+    else:
+        (chosen,) = choose_pairs(links_to_masks(files), files)
+        assert "water/*.png is not called masks, and exists for only 5 images" in chosen.notes[-1]
+
+
 def test_masks_in_colours_are_no_images_beside_two_sets_of_photographs(tmp_path: Path):
     for k in range(3):
         pixels, label = yard(k)

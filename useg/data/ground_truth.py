@@ -429,6 +429,18 @@ def _prefer_by_name(left: Sequence[_MaskSet]) -> None:
                 name = left[are_classes.index(True)].candidate.name
                 mask_set.reason = "" if is_class else f"is not called classes, unlike {name}"
             return
+    _prefer_called_masks(left)
+
+
+def _prefer_called_masks(left: Sequence[_MaskSet]) -> None:
+    """Leave out sets for fewer images than the only one that is called masks."""
+    shared = frozenset.intersection(*(mask_set.words for mask_set in left))
+    called = [mask_set for mask_set in left if (mask_set.words - shared) & MASK_WORDS]
+    others = [mask_set for mask_set in left if mask_set not in called]
+    counts = [len(mask_set.candidate.masks) for mask_set in others]
+    if len(called) == 1 and max(counts) < len(called[0].candidate.masks):
+        for mask_set, count in zip(others, counts, strict=True):
+            mask_set.reason = f"is not called masks, and exists for only {count} images"
 
 
 def _prefer_by_edges(left: Sequence[_MaskSet], images: Sequence[Path]) -> None:

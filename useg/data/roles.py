@@ -245,7 +245,10 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         main, note = _choose_images(links, files)
         main = _add_numbered(main, used, files)
         images, masks = set(main.partners), set(main.partners.values())
-        claims = _masks_of_other_images(images, links)
+        same = _links_to_same_masks(main, links)
+        # Depth maps of the images have no masks of their own.
+        known = images.union(*(link.partners for link in same))
+        claims = _masks_of_other_images(known, links)
         further = _find_further_masks(main, used | claims.keys(), files)
         extra = {name for names in further.values() for name in names}
         least = min(len(images), max(2, _MIN_RIVAL_SHARE * len(images)))
@@ -265,11 +268,7 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         every_mask = masks | extra | {mask for link in rivals for mask in link.partners.values()}
         # A rule of few images, such as 4 -> 0, says nothing about the others.
         twins = _list_series(
-            (
-                link.partners
-                for link in _links_to_same_masks(main, links)
-                if 2 * len(link.partners) > len(images)
-            ),
+            (link.partners for link in same if 2 * len(link.partners) > len(images)),
             files,
         )
         others = frozenset(every_mask | twins | set(choice.partners))
