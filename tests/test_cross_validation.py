@@ -83,6 +83,8 @@ def test_every_image_is_scored_by_a_model_that_has_not_seen_its_group(
         scores = evaluate_dataset(useg.load(run), held).scores
         tallied += sum(entry.pixels for entry in scores.classes)
         assert load_model(run).provenance["num_train"] == 19 - len(own)
+        # Otherwise they would decide whether weights of an initial model are mixed in.
+        assert read_settings(run / "run.toml").model.start_share == 0
     assert tallied == sum(entry.pixels for entry in whole.scores.classes)
 
 

@@ -165,7 +165,9 @@ def train_folds(
         write_json(out / FOLDS_NAME, described)
     count = len(made.folds) + final
     progress.say(made.by)
-    chosen: dict[str, Any] = {"train.validate_every": _NEVER, **(settings or {})}
+    # By default, held-out images decide whether weights of the initial model are mixed in.
+    share = base.model.start_share or 0.0
+    chosen = {"train.validate_every": _NEVER, "model.start_share": share, **(settings or {})}
     length = _length_of_each(minutes, epochs, chosen, base, count)
     arguments = {"settings": chosen, "config": config, "start": start, **length}
     for number, fold in enumerate(made.folds, 1):
