@@ -238,7 +238,7 @@ def test_masks_of_several_annotators_are_not_joined(tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("name", "asks"),
     [
-        ("masks/p{k}_{n}.png", "seem to be one per class"),
+        ("masks/p{k}_{n}.png", '"0" = "masks/\\*_0.png"\n"1" = "masks/\\*_1.png"'),
         ("masks/p{k}/{n}.png", '"0" = "masks/p\\*/0.png"\n"1" = "masks/p\\*/1.png"'),
     ],
 )
@@ -249,6 +249,17 @@ def test_masks_that_cover_all_of_an_image_are_classes(tmp_path: Path, name: str,
         for n in range(4):
             save(tmp_path / name.format(k=k, n=n), (label == n).astype(np.uint8) * 255)
     with pytest.raises(DataError, match=asks):
+        find_dataset(tmp_path)
+
+
+def test_masks_of_classes_for_each_person_are_refused_with_a_way(tmp_path: Path) -> None:
+    # MHP: one mask for each person, with the classes of clothes.
+    for k in range(4):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", image)
+        for n in range(2):
+            save(tmp_path / "parsing_annos" / f"{k}_02_0{n + 1}.png", label * (label != n))
+    with pytest.raises(DataError, match="save one mask for each image, for example their numpy"):
         find_dataset(tmp_path)
 
 

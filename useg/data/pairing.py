@@ -36,6 +36,8 @@ from useg.data.file_names import (
 )
 from useg.data.ground_truth import (
     OTHER_WORDS,
+    Candidate,
+    OpenChoiceError,
     describe_constant_shape,
     is_photograph,
     is_two_valued,
@@ -681,16 +683,23 @@ def join_masks(
             listed = ", ".join(f"'{path}'" for path in masks)
             raise DataError(
                 f"one image has several masks ({listed}) with more than two values, so they cannot "
-                "be joined; choose those that count in a dataset.toml"
+                "be joined as objects; save one mask for each image, for example their "
+                "numpy.maximum, or name those that count in a dataset.toml"
             )
     marked = _read_marked(several)
     _refuse_several_annotators(several, marked)
     if _cover_whole_image(several, marked):
-        listed = ", ".join(f"'{path}'" for path in several[0][:_NUM_NAMED])
-        raise DataError(
+        listed = ", ".join(f"'{path}'" for path in sorted(several[0])[:_NUM_NAMED])
+        sets: dict[str, dict[Path, Path]] = defaultdict(dict)
+        for image, masks in found.items():
+            for mask in masks:
+                sets[mask.stem.replace(image.stem, "")][image] = mask
+        candidates = [Candidate(ending, sets[ending]) for ending in sorted(sets, key=natural_key)]
+        raise OpenChoiceError(
             f"the masks of each image, such as {listed}, together cover all of it, so they seem to "
-            "be one per class, and not one per object; list a glob for each class under [masks] in "
-            "a dataset.toml"
+            "be one per class, and not one per object; list a glob for each class under [masks]",
+            candidates,
+            candidates,
         )
     return [
         Pair(image, masks[0], splits[image], truth=Instances(masks))
