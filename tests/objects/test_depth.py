@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_training import dotted
 from PIL import Image
 from scipy import ndimage
 
@@ -20,6 +21,7 @@ from useg.inference.predictor import load
 from useg.models.geometry import WorkingSize
 from useg.objects.separation import ObjectStatistics, measure_depth, share_touching
 from useg.scoring.losses import chance_depth_loss, depth_loss, make_loss, with_objects
+from useg.training import plan
 from useg.training.batches import Crop, cut_crop
 from useg.training.loop import fit
 from useg.training.plan import make_plan
@@ -95,8 +97,8 @@ def test_specks_are_smaller_than_a_fifth_of_a_typical_object_and_than_most_small
     assert ObjectStatistics.of([np.zeros((3, 3), np.uint8)]) == ObjectStatistics()
 
 
-def numbered_dataset(folder: Path, *, touching: bool = True) -> Path:
-    """Write images whose masks number their objects."""
+def numbered_dataset(folder: Path, *, touching: bool = True, enlarged: int = 1) -> Path:
+    """Write images whose masks number their objects, of 10 x 11 pixels on average."""
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
@@ -108,6 +110,7 @@ def numbered_dataset(folder: Path, *, touching: bool = True) -> Path:
                     objects[top : top + 10, left : left + 12] = (number := number + 1)
                     gap = 0 if touching else 3
                     objects[top : top + 10, left + 12 + gap : left + 22] = (number := number + 1)
+        objects = objects.repeat(enlarged, 0).repeat(enlarged, 1)
         image = np.where(objects > 0, 180, 40) + rng.integers(0, 20, objects.shape)
         Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{k}.png")
         Image.fromarray(objects).save(folder / "masks" / f"{k}.png")
@@ -147,6 +150,30 @@ def test_the_plan_learns_objects_where_some_touch(tmp_path: Path) -> None:
         plan = make_plan(Settings(), assign_splits(find_dataset(data), "random", 0.3))
         assert plan.settings.model.objects is touching
         assert "model.objects" in plan.reasons
+
+
+def test_small_objects_are_learned_from_many_small_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crops(enlarged: int = 3, **changes: object) -> tuple[object, object]:
+        data = tmp_path / str(enlarged)
+        if not data.exists():
+            numbered_dataset(data, enlarged=enlarged)
+        settings = Settings().with_(dotted({"data__scale": 1.0, **changes}))
+        chosen = make_plan(settings, assign_splits(find_dataset(data), "random", 0.3)).settings
+        return chosen.data.crop, chosen.train.batch
+
+    # The sides of the objects are 31 pixels, those of the images 240 and 192.
+    assert crops() == ((128, 128), 16)
+    # Larger objects, no objects, and images that are as small have other crops.
+    usual = (256, 192), 4
+    assert crops(data__scale=2.0) == usual
+    assert crops(model__objects=False) == usual
+    assert crops(data__scale=None, data__size=(256, 192)) == usual
+    assert crops(data__crop=(256, 192)) == usual
+    assert crops(1)[1] == 8
+    monkeypatch.setattr(plan, "MAX_SMALL_OBJECT_SIDE", 31)
+    assert crops() == usual
 
 
 def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ labels allow |
 | ``train.class_weights`` | larger for rare classes, where a class is rare |
 | ``train.learning_rate`` | depends on batch normalisation and pretraining |
 | ``train.coarse`` | short runs on images of whole scenes start at half the size |
-| ``train.batch`` | 4 to 8 crops, about 200,000 pixels where the crops allow it |
+| ``train.batch`` | 4 to 8 crops, 16 of small objects: about 200,000 pixels, if possible |
 | ``train.encoder_rate`` | low for images with a natural orientation, to keep more of the \
 pretraining |
 | ``train.zoom`` | wider for images that are not of whole scenes |
@@ -94,6 +94,8 @@ FRAME_PIXELS = 256 * 192
 # come out of 380.
 CROP_SIDE = 256
 VALID_CROP_SIDE = 196
+# Side of the crops for objects whose typical side is at most this number of pixels.
+OBJECT_CROP_SIDE, MAX_SMALL_OBJECT_SIDE = 128, 32
 
 # A run should train on at least this many crops: with fewer, smaller crops are better. Steps take
 # this share of the time.
@@ -292,6 +294,16 @@ class _Planner:
         pairs = pick_evenly(self.dataset.of("train"), NUM_MASKS_READ)
         return ObjectStatistics.of(read_objects(pair, self.dataset) for pair in pairs)
 
+    @property
+    def has_small_objects(self) -> bool:
+        """Whether the network learns small objects from small crops of larger images."""
+        model, data = self.settings.model, self.settings.data
+        if not model.objects or data.size or self.network.margin:
+            return False
+        is_cut = max(data.crop or (0,)) <= OBJECT_CROP_SIDE < min(map(min, self.sizes))
+        side = self.object_statistics.side * (data.scale or 1)
+        return is_cut and 0 < side <= MAX_SMALL_OBJECT_SIDE
+
     @cached_property
     def first_image(self) -> Image:
         return read_pair_image(self.dataset.of("train")[0])
@@ -445,9 +457,11 @@ class _Planner:
             reason = "the whole frame" if is_whole else f"crops of the frame, as large as {limit}"
         else:
             side = VALID_CROP_SIDE if network.margin else CROP_SIDE
+            reason = "crops, so that a batch fits into memory and shows many places"
+            if self.has_small_objects:
+                side, reason = OBJECT_CROP_SIDE, "small crops show small objects of many images"
             narrowest, lowest = (min(side, *(size[k] for size in self.sizes)) for k in (0, 1))
             wanted = narrowest, lowest
-            reason = "crops, so that a batch fits into memory and shows many places"
         crop = _fit_crop(self.settings, data.crop or wanted, network, self.sizes)
         if crop != wanted:
             reason += ", rounded up to a size that the network takes"
@@ -491,15 +505,13 @@ class _Planner:
         self.decide("train.learning_rate", *choose_learning_rate(self.settings.model))
         self.decide("train.coarse", *choose_coarse(self.settings, self.is_timed))
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
-        self.decide("train.batch", *choose_batch(pixels))
+        self.decide("train.batch", *choose_batch(pixels, small_objects=self.has_small_objects))
         model, known = self.settings.model, self.label_statistics.position_information()
         upright = self.label_statistics.vertical_information()
         if model.encoder in encoders.ENCODERS and (model.pretrained or model.start):
             self.decide("train.encoder_rate", *choose_encoder_rate(model, upright))
         self.decide("train.zoom", *choose_zoom(known))
-        if self.settings.data.standardize is None:
-            decision = choose_standardize(upright, self.settings, self.pixels)
-            self.decide("data.standardize", *decision)
+        self.decide("data.standardize", *choose_standardize(upright, self.settings, self.pixels))
         if self.settings.train.photometric is None:
             self.decide("train.photometric", *choose_photometric(known, self.dataset))
 

