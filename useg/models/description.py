@@ -267,6 +267,7 @@ class _Start(_Checked):
 
     model: str = ""
     num_seen: Annotated[int, Field(ge=0)] = 0
+    share: Annotated[float, Field(ge=0, le=1)] = 0
 
 
 class _TrainingImages(_Checked):

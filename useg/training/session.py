@@ -503,10 +503,12 @@ def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -
     # Every process waits until the file is written.
     distributed.broadcast_from_main(None)
     kept = load_model(session.out)
-    if not share or not kept.provenance["step"]:
+    before = kept.provenance["start"].get("share")
+    # The model before training, or one that an earlier version of useg has kept.
+    if not share or not kept.provenance["step"] or before is None:
         return scores
     trainer.model.load_state_dict(kept.state_dict())
-    if kept.provenance["start"]["share"]:
+    if before:
         # The run had ended before.
         return score_counts(trainer, validate(trainer, trainer.val).counts)
     start.mix_into(trainer.model, share)
