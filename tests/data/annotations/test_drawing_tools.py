@@ -52,6 +52,20 @@ def test_folders_that_all_name_a_split_are_splits_of_annotated_images(tmp_path):
     ]
 
 
+def test_dacl10k_is_read_like_labelme(tmp_path):
+    for split in ("train", "validation"):
+        write_photo(tmp_path / "images" / split / f"{split}_1.jpg")
+        content = {
+            "imageName": f"{split}_1.jpg",
+            "shapes": [{"label": "Rust", "points": CORNERS, "shapeType": "polygon"}],
+        }
+        write_file(tmp_path / "annotations" / split / f"{split}_1.json", content)
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "Rust")
+    assert [split for _, split in images_and_splits(dataset)] == ["train", "val"]
+    assert (read_first_label(dataset) == expect_block(1)).all()
+
+
 def test_labelme_finds_a_renamed_image_by_the_name_of_the_annotation_file(tmp_path):
     write_photo(tmp_path / "b.png")
     write_file(tmp_path / "b.json", labelme({"points": CORNERS}, image="C:/Pictures/IMG_1234.jpg"))

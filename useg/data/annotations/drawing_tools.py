@@ -3,9 +3,9 @@
 Later shapes lie over earlier ones, in CVAT those of a higher ``z_order``. What the formats leave
 open is decided so:
 
-- LabelMe, also as X-AnyLabeling writes it: lines and points have no width in the file; they get
-  those of LabelMe's own converter, 10 pixels and a radius of 5. A rectangle has two opposite
-  corners or all four.
+- LabelMe, also as X-AnyLabeling and dacl10k write it: lines and points have no width in the file;
+  they get those of LabelMe's own converter, 10 pixels and a radius of 5. A rectangle has two
+  opposite corners or all four.
 - VIA, versions 1 to 3: the class is the attribute of a region that most regions have. Regions
   without attributes are of one class, ``object``.
 - CVAT ("CVAT for images 1.1"): a cuboid is its two faces and what lies between them.
@@ -110,8 +110,9 @@ def _read_labelled_polygon(entry: dict[str, Any], source: str) -> Shape:
 
 
 def is_labelme(content: Any) -> bool:
-    """Return whether JSON content has LabelMe's format."""
-    return isinstance(content, dict) and content.keys() >= {"shapes", "imagePath"}
+    """Return whether JSON content has LabelMe's format, or that of dacl10k."""
+    names = {"imagePath", "imageName"}
+    return isinstance(content, dict) and "shapes" in content and bool(names & content.keys())
 
 
 def read_labelme(path: Path, content: dict[str, Any], reading: Reading) -> Annotations:
@@ -121,7 +122,7 @@ def read_labelme(path: Path, content: dict[str, Any], reading: Reading) -> Annot
         DataError: The content does not fit the format.
     """
     size = parse_declared_size(content.get("imageWidth"), content.get("imageHeight"))
-    name = str(content["imagePath"])
+    name = str(content.get("imagePath", content.get("imageName")))
     # An image may have been renamed together with its annotation file.
     entry = AnnotatedImage(path, name, Drawing((), size), others=(path.stem,))
     shapes = []
@@ -133,7 +134,8 @@ def read_labelme(path: Path, content: dict[str, Any], reading: Reading) -> Annot
 
 
 def _read_labelme_shape(shape: dict[str, Any], entry: AnnotatedImage, reading: Reading) -> Shape:
-    name, kind = normalize_class_name(shape["label"]), shape.get("shape_type") or "polygon"
+    name = normalize_class_name(shape["label"])
+    kind = shape.get("shape_type") or shape.get("shapeType") or "polygon"
     points: Points = [(float(x), float(y)) for x, y in shape["points"]]
     if not all(math.isfinite(value) for point in points for value in point):
         raise DataError(

@@ -40,7 +40,7 @@ MAX_YAML_BYTES = 100_000
 MAX_ANNOTATION_BYTES = 1_000_000_000
 _LARGE_BYTES, _MIN_BYTES_PER_ITEM = 5_000_000, 7
 # Formats with a file for each image store each point as such an item. One image has far fewer.
-_ONE_IMAGE_KEYS = (b'"imagePath"', b'"imgHeight"', b'"geometryType"', b"<Vertex")
+_ONE_IMAGE_KEYS = (b'"imagePath"', b'"imageName"', b'"imgHeight"', b'"geometryType"', b"<Vertex")
 _MAX_ITEMS_OF_AN_IMAGE = 500_000
 # Letters as escapes, or UTF-16, would hide these keys; no tool writes so many points like that.
 _HIDDEN_KEYS = re.compile(rb"\\u00[4-7]|\0")
