@@ -498,14 +498,16 @@ def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -
         start: The model that the run started from.
         scores: Scores of the model that the run has kept.
     """
-    trainer, given = session.trainer, session.trainer.settings.model.start_share
+    trainer = session.trainer
     share = _choose_start_share(trainer, start)
+    if not share:
+        return scores
     # Every process waits until the file is written.
     distributed.broadcast_from_main(None)
     kept = load_model(session.out)
     before = kept.provenance["start"].get("share")
     # The model before training, or one that an earlier version of useg has kept.
-    if not share or not kept.provenance["step"] or before is None:
+    if not kept.provenance["step"] or before is None:
         return scores
     trainer.model.load_state_dict(kept.state_dict())
     if before:
@@ -513,7 +515,8 @@ def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -
         return score_counts(trainer, validate(trainer, trainer.val).counts)
     start.mix_into(trainer.model, share)
     mixed = score_counts(trainer, validate(trainer, trainer.val).counts)
-    if given is None and mixed.mean_iou < scores.mean_iou - MAX_MIXING_LOSS:
+    is_checked = trainer.settings.model.start_share is None
+    if is_checked and mixed.mean_iou < scores.mean_iou - MAX_MIXING_LOSS:
         return scores
     trainer.start = replace(start, share=share)
     _save_best_model(trainer, session.out, session.dataset, kept.provenance["step"], mixed)
