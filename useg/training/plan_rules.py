@@ -67,10 +67,10 @@ MIN_COARSE_CROP_SIDE = 128
 COARSE_SHARE = 0.67
 COARSE_STEP_COST = 1 / 3
 
-# A batch has 4 to 8 crops: as many as have about this many pixels; small crops of objects have
-# another target and limit.
-TARGET_BATCH_PIXELS = 4 * 256 * 192
-MIN_BATCH, MAX_BATCH, OBJECT_BATCH = 4, 8, (4 * 256 * 256, 16)
+# A batch has as many crops as have about so many pixels together, but at least MIN_BATCH, and at
+# most so many: pixels and most crops, usually and for small objects.
+MIN_BATCH = 4
+USUAL_BATCH, OBJECT_BATCH = (4 * 256 * 192, 8), (4 * 256 * 256, 16)
 
 # Range of the zoom of images of whole scenes, and of others.
 SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
@@ -392,7 +392,7 @@ def measure_light(dataset: Dataset) -> float:
 
 def choose_batch(pixels: int, *, small_objects: bool) -> tuple[int, str]:
     """Return the number of crops of a batch, given the pixels of a crop, and the reason."""
-    target, most = OBJECT_BATCH if small_objects else (TARGET_BATCH_PIXELS, MAX_BATCH)
+    target, most = OBJECT_BATCH if small_objects else USUAL_BATCH
     fitting = round(target / pixels)
     batch = max(MIN_BATCH, min(most, fitting))
     total = f"{batch} crops have {batch * pixels:,} pixels"
