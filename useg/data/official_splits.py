@@ -249,9 +249,12 @@ def _group_other_lists(files: Sequence[Path]) -> dict[Path, list[_SplitList]]:
     counts = Counter(path.parent for path in texts)
     groups: dict[Path, list[_SplitList]] = defaultdict(list)
     for path in texts:
+        # Where there are many files, each image has one.
+        if counts[path.parent] > _MAX_FILES_OF_A_SUFFIX:
+            continue
         parts = split_folder(path.stem)
         words = [word for word in parts if word.casefold() in SPLIT_FOLDERS]
-        if len(words) == 1 and counts[path.parent] <= _MAX_FILES_OF_A_SUFFIX:
+        if len(words) == 1:
             rest = "".join("*" if part == words[0] else part for part in parts)
             split = SPLIT_FOLDERS[words[0].casefold()]
             groups[path.parent / rest].append(_SplitList(path, split))
