@@ -15,6 +15,7 @@ from useg.classes import ClassTable
 from useg.cli import main
 from useg.errors import DataError, ModelError, UsageError
 from useg.inference import adapt
+from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, load_model, save_model
 
 
@@ -115,6 +116,18 @@ def test_share_is_chosen_without_labels(
     assert adaptation.share == share
     assert reason in adaptation.reason
     assert (chosen is source) == (share == 0)
+
+
+def test_models_with_the_same_brightness_and_contrast_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapt, "measure_agreement", lambda model, images: (0.5, 1.0))
+    source = made_model()
+    source.working = WorkingSize((48, 32), standardize=True)
+    chosen, adaptation = adapt.choose_share(source, images())
+    assert chosen is source
+    assert adaptation.as_dict()["share"] == 0
+    assert "the same brightness and contrast (data.standardize)" in adaptation.reason
 
 
 def test_command_writes_a_model(

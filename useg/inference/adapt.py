@@ -54,6 +54,12 @@ MAX_SIDE = 512
 MIN_AGREEMENT_GAIN = 0.002
 MIN_VARIETY = 0.9
 
+_STANDARDIZED = (
+    "the model stays as it is: it already gives all images the same brightness and contrast "
+    "(data.standardize), and new statistics did not improve such models. Label about ten of the "
+    "images, and start a training from this model"
+)
+
 # Contrast and brightness of the augmented views; the first is flipped too.
 VIEWS = ((1.0, 0.0, True), (0.8, 0.15, False), (1.25, -0.15, False))
 
@@ -165,7 +171,12 @@ def choose_share(
         source: The model.
         images: Raw pixels ``(1, C, H, W)`` of sizes that the network takes.
         progress: Called with (shares tried, shares in all).
+
+    A model whose images have the same brightness and contrast stays as it is: of nine such models,
+    eight chose no share, and one chose a share that made it worse (``docs/new_images.md``).
     """
+    if source.working.standardize:
+        return source, Adaptation(0.0, {}, {}, len(images), _STANDARDIZED)
     compared = pick_evenly(images, MAX_COMPARED)
     models = {0.0: source}
     agreement, variety = {}, {}
