@@ -47,7 +47,7 @@ from useg.labelling import rounds
 from useg.labelling.rounds import Suggestion
 from useg.labelling.session import LabelSession
 from useg.machine import describe_machine
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 
 STROKES_PER_CLASS = 5
 # Strokes in wrong regions, and regions to accept, each time that an image is looked at.

@@ -32,7 +32,7 @@ from useg.data.dataset import read_label, read_pair_image
 from useg.data.layouts import find_dataset
 from useg.labelling.regions import find_superpixels, propose_region
 from useg.machine import describe_machine
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 from useg.visualization import to_picture
 
 # Data set -> the classes that are no objects.

@@ -41,8 +41,7 @@ from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.machine import describe_machine
 from useg.models.segmenter import Segmenter
-from useg.scoring.metrics import score
-from useg.scoring.regions import components
+from useg.scoring.metrics import components, score
 from useg.training import batches
 from useg.training.plan import make_plan
 from useg.training.plan_rules import COARSE_STEP_COST

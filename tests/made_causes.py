@@ -22,7 +22,7 @@ from useg.reporting.error_analysis import dilate_mask
 from useg.reporting.evaluate import evaluate_dataset
 from useg.reporting.evaluation_result import Cause
 from useg.scenes.generate import make_scene
-from useg.scoring.regions import components
+from useg.scoring.metrics import components
 
 NUM_TRAIN, NUM_VAL = 24, 12
 WIDTH, HEIGHT = 128, 96

@@ -18,8 +18,7 @@ from useg.reporting.evaluation_result import Cause, Evaluation, ImageScore
 from useg.reporting.html import make_thumbnail
 from useg.reporting.text import Command, GalleryImage, Report
 from useg.scoring.boundaries import boundary_counts, score_boundaries
-from useg.scoring.metrics import score, tally
-from useg.scoring.regions import place_counts, region_counts, score_regions
+from useg.scoring.metrics import place_counts, region_counts, score, score_regions, tally
 from useg.scoring.uncertainty import Bin, Calibration, score_intervals
 
 # A name that would run as a script if a page did not escape it.

@@ -18,7 +18,7 @@ from made_data import (
 )
 
 from useg.classes import CITYSCAPES, IGNORE
-from useg.data import file_names, pairing, roles
+from useg.data import file_names, object_masks, pairing, roles
 from useg.data.dataset import (
     pair_name,
     read_label,
@@ -389,17 +389,19 @@ def test_twice_as_many_folders_take_twice_the_steps_to_find_object_masks(monkeyp
     def count_steps(num_folders):
         steps = []
         split = file_names.split_name
-        monkeypatch.setattr(pairing, "split_name", lambda name: steps.append(name) or split(name))
+        monkeypatch.setattr(
+            object_masks, "split_name", lambda name: steps.append(name) or split(name)
+        )
         paths = [Path(f"masks_{k}/{k}.png") for k in range(num_folders)]
-        assert pairing.find_object_masks(Path(), paths) is None
+        assert object_masks.find_object_masks(Path(), paths) is None
         monkeypatch.undo()
         return len(steps)
 
-    assert count_steps(10) <= 20
+    assert 0 < count_steps(10) <= 20
     assert count_steps(40) == 4 * count_steps(10)
     # Of the files of one name in very many folders, two are enough to see that it is not unique.
     named = (Path(f"{k}/a.png") for k in range(10))
-    assert pairing._outside_parents(Path("1/a"), named) == [Path("0/a.png"), Path("2/a.png")]
+    assert object_masks._outside_parents(Path("1/a"), named) == [Path("0/a.png"), Path("2/a.png")]
     assert next(named) == Path("3/a.png")
 
 

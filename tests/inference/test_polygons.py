@@ -13,7 +13,7 @@ from scipy import ndimage
 from useg.classes import IGNORE, ClassTable
 from useg.images.tiff import GeoReference
 from useg.inference.polygons import count_corners, polygons_to_label, to_geojson, to_polygons
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 
 TABLE = ClassTable(("sky", "road", "car"))
 # Holes in holes.

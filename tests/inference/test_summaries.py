@@ -29,7 +29,7 @@ from useg.inference.outputs import OutputOptions
 from useg.inference.summaries import _object_annotations, coco_annotations, write_summaries
 from useg.objects.table import write_object_map, write_objects_csv
 from useg.ownership import OBJECTS_HEADER
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 
 
 @given(st.lists(st.integers(0, 2**33), min_size=1, max_size=9))

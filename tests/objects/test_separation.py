@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from useg.objects import separation
 from useg.objects.separation import find_levels, grow, measure_depth, separate
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 
 
 def number(levels: NDArray[np.uint8], tile: int | None = None, *, by_class: bool = False):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
-from useg.scoring.regions import components
+from useg.scoring.metrics import components
 
 MASKS = arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from useg.classes import IGNORE
-from useg.scoring.regions import (
+from useg.scoring.metrics import (
     REGION_SIZES,
     components,
     error_rates,

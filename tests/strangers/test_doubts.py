@@ -10,7 +10,7 @@ from useg.data.dataset import read_label, read_objects
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
 from useg.images.image_files import read_mask
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 
 pytestmark = pytest.mark.wheel
 

@@ -73,7 +73,7 @@ DECODING_MODULES = (
     "images/tiff.py",
     "images/tiff_directories.py",
     "models/geometry.py",
-    "scoring/regions.py",
+    "scoring/metrics.py",
     "objects/separation.py",
 )
 

@@ -31,7 +31,7 @@ from useg.images.image_files import (
     read_size,
     resize_label,
 )
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 
 Picked = TypeVar("Picked")
 

@@ -32,7 +32,7 @@ from useg.data.mask_problems import describe_border, find_border
 from useg.errors import DataError, UsageError
 from useg.images.image_files import read_mask_and_alpha, read_no_data, read_size
 from useg.machine import in_parallel
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 
 # This many masks show how all of them are stored.
 _NUM_MASKS_READ = 24

@@ -33,7 +33,7 @@ from useg.data.dataset import (
 from useg.data.mask_content import channels_of, find_runs
 from useg.errors import DataError, UsageError
 from useg.machine import in_parallel
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 
 # Masks that are examined.
 _NUM_MASKS_READ = 8

@@ -172,7 +172,7 @@ def _list_regions(
 ) -> Iterator[tuple[int, int, int, NDArray[np.bool_]]]:
     """Yield the 4-connected regions: class, left column, top row and mask."""
     from useg.inference.polygons import to_polygons
-    from useg.scoring.regions import regions
+    from useg.scoring.metrics import regions
 
     numbers = regions(label)
     for polygon in to_polygons(label):

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
-from useg.scoring.regions import components, regions
+from useg.scoring.metrics import components, regions
 
 if TYPE_CHECKING:
     from useg.images.tiff import GeoReference

@@ -124,7 +124,7 @@ def coco_annotations(label: Label, background: int = IGNORE) -> list[dict[str, A
         For each region ``category_id``, ``segmentation`` (run lengths down the columns), ``area``
         in pixels, ``bbox`` (left, top, width, height) and ``iscrowd``.
     """
-    from useg.scoring.regions import regions
+    from useg.scoring.metrics import regions
 
     numbers = regions(label)
     values = np.empty(int(numbers.max()) + 1, np.int64)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.images.image_files import Image, resize_image
-from useg.scoring.regions import regions
+from useg.scoring.metrics import regions
 from useg.visualization import to_picture
 
 # The view is resized to a number of pixels in this range, but enlarged at most 4 times per side.

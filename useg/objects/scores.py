@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, Label
 from useg.objects.separation import ObjectIds
 from useg.objects.table import FoundObjects
-from useg.scoring.regions import components
+from useg.scoring.metrics import components
 from useg.scoring.uncertainty import Interval, resampled_intervals
 
 # Smallest IoU of a match.

@@ -20,7 +20,7 @@ from useg.classes import IGNORE, Label, confidence, count_pixels, most_probable
 from useg.data.dataset import Dataset, Pair, read_sample
 from useg.images.image_files import Image, Sample, resize_image
 from useg.machine import in_parallel
-from useg.scoring.regions import components
+from useg.scoring.metrics import components
 
 if TYPE_CHECKING:
     from useg.inference.predictor import Predictor

@@ -59,14 +59,20 @@ from useg.objects.scores import (
 from useg.objects.separation import ObjectIds
 from useg.objects.table import find_objects
 from useg.reporting.evaluation_result import Evaluation, ImageScore
-from useg.scoring import boundaries, regions, uncertainty
+from useg.scoring import boundaries, uncertainty
 from useg.scoring.boundaries import BoundaryCounts, MembraneCounts, boundary_counts, membrane_counts
-from useg.scoring.metrics import Confusion, confusion, mean_iou, pixel_accuracy, score, tally
-from useg.scoring.regions import (
+from useg.scoring.metrics import (
+    Confusion,
     PlaceCounts,
     RegionCounts,
+    confusion,
+    mean_iou,
+    pixel_accuracy,
     place_counts,
     region_counts,
+    score,
+    score_regions,
+    tally,
 )
 from useg.scoring.uncertainty import (
     FIT_PIXELS,
@@ -232,7 +238,7 @@ def evaluate_dataset(
         intervals=uncertainty.score_intervals(np.stack([image.tally for image in images]), blocks),
         boundaries=boundaries.score_boundaries(sums.boundaries),
         calibration=uncertainty.calibration(sums.reliability, predictor.temperature),
-        sizes=regions.score_regions(sums.regions),
+        sizes=score_regions(sums.regions),
         places=sums.places,
         objects=score_components(sums.objects) if sums.objects.size else None,
         membranes=boundaries.score_membranes(sums.membranes) if sums.membranes.size else None,

@@ -11,10 +11,9 @@ import numpy as np
 from useg.data.dataset import Pair, pair_name
 from useg.errors import SettingsError
 from useg.objects.scores import ComponentScores, ObjectScores
-from useg.scoring import boundaries, regions, uncertainty
+from useg.scoring import boundaries, uncertainty
 from useg.scoring.boundaries import Membranes
-from useg.scoring.metrics import Confusion, Scores, Tally, plain
-from useg.scoring.regions import PlaceCounts
+from useg.scoring.metrics import Confusion, PlaceCounts, Scores, Sizes, Tally, plain
 
 CauseKind = Literal[
     "label noise",
@@ -105,7 +104,7 @@ class Evaluation:
     intervals: uncertainty.Intervals | None = None
     boundaries: boundaries.Boundaries | None = None
     calibration: uncertainty.Calibration | None = None
-    sizes: regions.Sizes | None = None
+    sizes: Sizes | None = None
     places: PlaceCounts | None = None
     objects: ComponentScores | None = None
     membranes: Membranes | None = None

@@ -41,8 +41,7 @@ from useg.reporting.text import (
     image_names,
     to_sentence,
 )
-from useg.scoring.metrics import Confusion
-from useg.scoring.regions import Sizes, error_rates
+from useg.scoring.metrics import Confusion, Sizes, error_rates
 from useg.visualization import (
     CORRECT_COLOR,
     IGNORED_COLOR,

@@ -20,8 +20,7 @@ from useg.classes import ClassTable, Label
 from useg.console import format_table
 from useg.data.dataset import pair_name
 from useg.errors import MAX_NAMES, format_count, join_names
-from useg.scoring.metrics import ClassScore, Confusion
-from useg.scoring.regions import Sizes, error_rates
+from useg.scoring.metrics import ClassScore, Confusion, Sizes, error_rates
 from useg.scoring.uncertainty import Interval
 
 if TYPE_CHECKING:
@@ -355,7 +354,7 @@ def confusion_sentences(counts: Confusion, names: Sequence[str], most: int = 3) 
 def size_sentence(sizes: Sizes) -> str:
     """Say which share of the regions of each size the model found.
 
-    >>> from useg.scoring.regions import score_regions
+    >>> from useg.scoring.metrics import score_regions
     >>> size_sentence(score_regions(np.array([[[0, 10, 0, 4]], [[0, 2, 0, 3]]] * 2)))
     'The model found 20 % of 10 small regions and 75 % of 4 large regions.'
     """

@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label
-from useg.scoring.metrics import class_ious, mean_present
-from useg.scoring.regions import components
+from useg.scoring.metrics import class_ious, components, mean_present
 
 # Lengths as shares of the image diagonal. Width of the band along boundaries in which boundary IoU
 # is measured (Cheng et al. 2021).

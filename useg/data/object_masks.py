@@ -1,0 +1,236 @@
+"""Several masks of one image -> the objects of that image, or a refusal.
+
+They lie in a folder for each image (``ID/masks/*.png``), or are numbered beside each other
+(``a_mask.png``, ``a_mask_1.png``). Objects become background and foreground. Masks by several
+annotators, and one mask per class, are no objects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import ClassTable
+from useg.data.dataset import DetectedLayout, Instances, Pair, pick_evenly
+from useg.data.file_names import (
+    IMAGE_WORDS,
+    MASK_WORDS,
+    plain_stem,
+    split_name,
+    strip_role_words,
+)
+from useg.data.ground_truth import (
+    Candidate,
+    OpenChoiceError,
+    is_photograph,
+    is_two_valued,
+    read_points,
+)
+from useg.data.official_splits import find_official_splits
+from useg.errors import DataError, format_count
+from useg.files import natural_key
+
+_NUM_NAMED = 3
+
+# Images whose several masks are compared, and masks of each. Masks of one object by several people
+# overlap by more than this (intersection over union), and those of different objects by less.
+_NUM_COMPARED_IMAGES, _NUM_COMPARED_MASKS = 6, 12
+_MIN_SAME_OBJECT = 0.5
+
+# Masks that together cover this share of every image are one per class.
+_MIN_FULL_COVER = 0.99
+
+# What masks mark at the points of a grid, for a few images.
+_Marked = list[list[NDArray[np.bool_]]]
+
+
+def _are_named_by_class(folders: Iterable[Sequence[Path]]) -> bool:
+    """Whether masks in several folders share a name without a number: that of a class."""
+    names = Counter(path.stem for masks in folders for path in masks)
+    return any(count > 2 and not re.search(r"[0-9]", stem) for stem, count in names.items())
+
+
+class _ObjectFolder(NamedTuple):
+    """An image, and the folder with a mask for each of its objects."""
+
+    image: Path
+    folder: Path
+    masks: list[Path]
+
+
+def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
+    """Pair each image with a folder of masks, one per object: ``ID/images/ID.png``, ``ID/masks/``.
+
+    The folder may also be called like the image: ``images/ID.png``, ``masks/ID/0.png``.
+    """
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    for path in paths:
+        folders[path.parent].append(path)
+    places = _match_folders(folders)
+    # A folder called 0 of many images' masks does not belong to the image 0 alone.
+    homes = {place.image.parent for place in places}
+    beside = [path for home in homes for path in folders[home]]
+    num_covered = sum(1 + len(place.masks) for place in places)
+    if len(places) < 2 or 2 * len(places) < len(beside) or 2 * num_covered < len(paths):
+        return None
+    if not _mark_objects(places):
+        return None
+    splits = find_official_splits((place.image for place in places), root)
+    pairs = (
+        Pair(image, folder, splits[image], truth=Instances(tuple(masks)))
+        for image, folder, masks in places
+    )
+    rest = sorted({*beside} - {place.image for place in places}, key=natural_key)
+    note = f"{format_count(len(rest), 'image')} without a folder of masks left out"
+    return DetectedLayout(
+        "instances",
+        tuple(sorted(pairs, key=lambda pair: pair.image)),
+        classes=ClassTable(("background", "foreground")),
+        notes=(f"{note}, such as '{rest[0].relative_to(root)}'",) if rest else (),
+    )
+
+
+def _match_folders(folders: Mapping[Path, list[Path]]) -> list[_ObjectFolder]:
+    """Return the folders that hold the masks of one image, among folders and their files."""
+    stems: dict[str, list[Path]] = defaultdict(list)
+    for path in chain.from_iterable(folders.values()):
+        stems[plain_stem(path)].append(path)
+    # Looking through all folders for each of them would take very long.
+    of_images: dict[Path, list[Path]] = defaultdict(list)
+    for folder in folders:
+        if words_of_folder(folder) & IMAGE_WORDS:
+            of_images[folder.parent].append(folder)
+    places = []
+    for folder, masks in folders.items():
+        if words_of_folder(folder) & MASK_WORDS:
+            beside = of_images.get(folder.parent, [folder.parent])
+            found = folders.get(beside[0], []) if len(beside) == 1 else []
+        else:
+            found = _outside_parents(folder, stems.get(folder.name, []))
+        if len(found) == 1 and found[0] not in masks:
+            places.append(_ObjectFolder(found[0], folder, masks))
+    return places
+
+
+def _mark_objects(places: Sequence[_ObjectFolder]) -> bool:
+    """Whether the masks of each image are those of single objects, and not of classes.
+
+    Raises:
+        DataError: They are by several annotators.
+    """
+    several = [place.masks for place in places if len(place.masks) > 1]
+    if (
+        not several
+        or _are_named_by_class(place.masks for place in places)
+        or any(_has_own_mask(place.image, place.masks) for place in places)
+        or is_photograph(several[0][0])
+    ):
+        return False
+    marked = _read_marked(several)
+    if _cover_whole_image(several, marked):
+        return False
+    _refuse_several_annotators(several, marked)
+    return True
+
+
+def _read_marked(several: Sequence[Sequence[Path]]) -> _Marked:
+    """Return what a few masks of a few images mark, at the points of a grid."""
+    found = []
+    for masks in pick_evenly(several, _NUM_COMPARED_IMAGES):
+        read = [
+            points
+            for path in masks[:_NUM_COMPARED_MASKS]
+            if (points := read_points(path)) is not None
+        ]
+        found.append([points != 0 for points in read if points.shape == read[0].shape])
+    return found
+
+
+def _cover_whole_image(several: Sequence[Sequence[Path]], marked: _Marked) -> bool:
+    """Return whether the masks of an image cover it, as one mask per class and background does."""
+    return all(
+        each and len(masks) <= _NUM_COMPARED_MASKS and np.any(each, 0).mean() >= _MIN_FULL_COVER
+        for masks, each in zip(pick_evenly(several, _NUM_COMPARED_IMAGES), marked, strict=True)
+    )
+
+
+def _refuse_several_annotators(several: Sequence[Sequence[Path]], marked: _Marked) -> None:
+    """Refuse several masks of each image that show the same objects, as those of annotators do.
+
+    Raises:
+        DataError: They do.
+    """
+    shares = [
+        int((one & other).sum()) / union
+        for each in marked
+        for one, other in zip(each[1:], each[:-1], strict=True)
+        if (union := int((one | other).sum()))
+    ]
+    if shares and (overlap := float(np.median(shares))) >= _MIN_SAME_OBJECT:
+        listed = ", ".join(f"'{path}'" for path in several[0][:_NUM_NAMED])
+        raise DataError(
+            f"images have several masks that mark nearly the same pixels (IoU {overlap:.2f}), such "
+            f"as {listed}, so they seem to be by several annotators, and not of several objects; "
+            "name the masks that count in a dataset.toml"
+        )
+
+
+def _has_own_mask(image: Path, masks: Sequence[Path]) -> bool:
+    """Return whether one of several masks is called like the image, so that it is no object."""
+    core = strip_role_words(image.stem)
+    own = [path for path in masks if core in path.stem.casefold()]
+    return 0 < len(own) < len(masks) or image.stem in {path.stem for path in masks}
+
+
+def words_of_folder(folder: Path) -> set[str]:
+    """Return the words in the name of a folder, in small letters."""
+    return {part.casefold() for part in split_name(folder.name)}
+
+
+def _outside_parents(folder: Path, named: Iterable[Path]) -> list[Path]:
+    """Return the first two files that are not in a parent of a folder."""
+    parents = set(folder.parents)
+    return list(islice((path for path in named if path.parent not in parents), 2))
+
+
+def join_masks(
+    found: Mapping[Path, tuple[Path, ...]], splits: Mapping[Path, str]
+) -> tuple[list[Pair], ClassTable | None]:
+    """Make pairs; several masks of one image are joined if each has two values."""
+    several = [masks for masks in found.values() if len(masks) > 1]
+    if not several:
+        return [Pair(image, masks[0], splits[image]) for image, masks in found.items()], None
+    for masks in several:
+        if not all(map(is_two_valued, masks)):
+            listed = ", ".join(f"'{path}'" for path in masks)
+            raise DataError(
+                f"one image has several masks ({listed}) with more than two values, so they cannot "
+                "be joined as objects; save one mask for each image, for example their "
+                "numpy.maximum, or name those that count in a dataset.toml"
+            )
+    marked = _read_marked(several)
+    _refuse_several_annotators(several, marked)
+    if _cover_whole_image(several, marked):
+        listed = ", ".join(f"'{path}'" for path in sorted(several[0])[:_NUM_NAMED])
+        sets: dict[str, dict[Path, Path]] = defaultdict(dict)
+        for image, masks in found.items():
+            for mask in masks:
+                sets[mask.stem.replace(image.stem, "")][image] = mask
+        candidates = [Candidate(ending, sets[ending]) for ending in sorted(sets, key=natural_key)]
+        raise OpenChoiceError(
+            f"the masks of each image, such as {listed}, together cover all of it, so they seem to "
+            "be one per class, and not one per object; list a glob for each class under [masks]",
+            candidates,
+            candidates,
+        )
+    return [
+        Pair(image, masks[0], splits[image], truth=Instances(masks))
+        for image, masks in found.items()
+    ], ClassTable(("background", "foreground"))
