@@ -14,7 +14,7 @@ import useg
 from useg import api, cross_validation
 from useg.classes import write_classes
 from useg.cli import main
-from useg.config import read_settings
+from useg.config import VALIDATE_AT_END, read_settings
 from useg.errors import DataError, SettingsError, UsageError
 from useg.models.segmenter import load_model
 from useg.reporting.evaluate import evaluate_dataset
@@ -83,8 +83,10 @@ def test_every_image_is_scored_by_a_model_that_has_not_seen_its_group(
         scores = evaluate_dataset(useg.load(run), held).scores
         tallied += sum(entry.pixels for entry in scores.classes)
         assert load_model(run).provenance["num_train"] == 19 - len(own)
-        # Otherwise they would decide whether weights of an initial model are mixed in.
-        assert read_settings(run / "run.toml").model.start_share == 0
+        # Otherwise they would decide whether an initial model is kept, or mixed in.
+        settings = read_settings(run / "run.toml")
+        assert settings.model.start_share == 0
+        assert settings.train.validate_every == VALIDATE_AT_END
     assert tallied == sum(entry.pixels for entry in whole.scores.classes)
 
 

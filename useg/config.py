@@ -20,6 +20,10 @@ from useg.parsing import parse_toml, read_toml, shorten
 
 _SIZE_RULE = "a size is WIDTHxHEIGHT in pixels, such as 256x192"
 
+# As train.validate_every: more epochs than any run has. The model is validated after the last step
+# only, and held-out images do not choose which model is kept.
+VALIDATE_AT_END = 10**9
+
 
 def _size(value: Any) -> Any:
     """``"256x192"`` -> ``(256, 192)``: width, height."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from useg import api, distributed
-from useg.config import Settings, read_settings
+from useg.config import VALIDATE_AT_END, Settings, read_settings
 from useg.data.dataset import Dataset, Pair, pair_name, read_sample
 from useg.data.folds import Folds, make_folds
 from useg.data.layouts import find_dataset
@@ -34,9 +34,6 @@ from useg.training.plan import DEFAULT_MINUTES, time_limit
 from useg.training.trainer import Progress, SilentProgress
 
 FOLDS_NAME = "folds.json"
-# More than any run has: a fold is scored after its last step only, so nothing is chosen by images
-# that the fold holds out.
-_NEVER = 10**9
 # A line for each of a million images.
 _MAX_FOLDS_BYTES = 256 << 20
 
@@ -165,9 +162,12 @@ def train_folds(
         write_json(out / FOLDS_NAME, described)
     count = len(made.folds) + final
     progress.say(made.by)
-    # By default, held-out images decide whether weights of the initial model are mixed in.
-    share = base.model.start_share or 0.0
-    chosen = {"train.validate_every": _NEVER, "model.start_share": share, **(settings or {})}
+    chosen = {
+        "train.validate_every": VALIDATE_AT_END,
+        # By default, held-out images decide whether weights of the initial model are mixed in.
+        "model.start_share": base.model.start_share or 0.0,
+        **(settings or {}),
+    }
     length = _length_of_each(minutes, epochs, chosen, base, count)
     arguments = {"settings": chosen, "config": config, "start": start, **length}
     for number, fold in enumerate(made.folds, 1):

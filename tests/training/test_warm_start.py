@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import useg
 from useg import api
 from useg.classes import ClassTable, write_classes
 from useg.cli import main
+from useg.config import VALIDATE_AT_END, Settings
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
 from useg.errors import DataError, ModelError, SettingsError
@@ -239,7 +241,7 @@ def test_run_whose_start_has_changed_is_neither_continued_nor_repeated(
 
 
 def spoil(
-    run: Path, folder: Path, num_held_out: int, monkeypatch: pytest.MonkeyPatch
+    run: Path, folder: Path, num_held_out: int, monkeypatch: pytest.MonkeyPatch, **more: Any
 ) -> tuple[useg.Run, str]:
     """Start from a model with a learning rate that spoils it; return the run and what it says."""
     data = name_classes(make_shapes(folder / "new", 7, count=10), NAMES)
@@ -247,7 +249,7 @@ def spoil(
     progress = SilentProgress()
     monkeypatch.setattr(progress, "say", said.append)
     settings = {**SHORT, "train.learning_rate": 1.0, "train.schedule": "constant"}
-    settings |= {"data.holdout": num_held_out / 10}
+    settings |= {"data.holdout": num_held_out / 10, **more}
     return (
         useg.train(data, folder / "a", start=run, settings=settings, progress=progress),
         "\n".join(said),
@@ -273,6 +275,15 @@ def test_few_held_out_images_do_not_choose_the_model_before_training(
 ) -> None:
     kept, said = spoil(run, tmp_path, 3, monkeypatch)
     assert "on the 3 held-out images, too few to decide between it and the trained model" in said
+    assert load_model(kept.out).provenance["step"] == 3
+
+
+def test_model_before_training_is_not_kept_where_held_out_images_choose_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"train.validate_every": VALIDATE_AT_END}
+    kept, said = spoil(run, tmp_path, 5, monkeypatch, **more)
+    assert "on the 5 held-out images, which do not decide between it and the trained" in said
     assert load_model(kept.out).provenance["step"] == 3
 
 
@@ -335,6 +346,26 @@ def test_model_that_goes_on_with_its_own_images_keeps_what_it_learns(
 ) -> None:
     result = useg.train(data, tmp_path / "a", start=run, settings=SHORT)
     assert load_model(result.out).provenance["start"]["share"] == 0
+
+
+@pytest.mark.parametrize(("is_new_place", "seconds"), [(True, 7.0), (False, 2.0)])
+def test_time_is_reserved_for_mixing_only_where_weights_are_mixed(
+    is_new_place: bool, seconds: float
+) -> None:
+    model, reserved = made_model(NAMES, width=8), []
+    start = WarmStart(model, Path(), (0, 1, 2), 0, is_new_place, ())
+    ending = SimpleNamespace(
+        trainer=SimpleNamespace(
+            settings=Settings(), start=start, model=model, val=[1], set_training_mode=model.train
+        ),
+        measure_ending=lambda model: 2.0,
+        unlabelled=None,
+        budget=SimpleNamespace(
+            validation_seconds=5.0, ending_measured=reserved.append, skip=lambda: None
+        ),
+    )
+    session.TrainingSession.predict_ending(ending)
+    assert reserved == [seconds]
 
 
 def test_start_is_not_scored_where_no_image_is_held_out(

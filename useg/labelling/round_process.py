@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 MAX_VALIDATION_IMAGES = 6
 # Painted images that the ranking compares others with, at most.
 MAX_COMPARED_IMAGES = 24
-# More epochs than any round has, so the last weights are kept. Validation would favour weights
-# close to the initial model, because that model has suggested many of the labels.
-_NEVER = 10**9
 # The final weights are a weighted mean of the weights before and after training. This is the weight
 # of those after it. On unpainted images of a CamVid recording and a CARLA street, this mean scored
 # 53.1 and 57.6 % mIoU; weights after training 52.0 and 57.5 %; weights before it 52.2 and 55.4 %;
@@ -85,7 +82,7 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
             ``minutes``, ``start`` (an initial model, or None).
         began: The start time of the round.
     """
-    from useg.config import Settings
+    from useg.config import VALIDATE_AT_END, Settings
     from useg.data.dataset import pick_evenly
     from useg.data.layouts import find_dataset
     from useg.errors import UsageError
@@ -99,7 +96,9 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     changes = {
         "train.minutes": task["minutes"],
         "train.seed": task["round"],
-        "train.validate_every": _NEVER,
+        # Validation would favour weights close to the initial model, because that model has
+        # suggested many of the labels.
+        "train.validate_every": VALIDATE_AT_END,
     }
     settings = Settings().with_(changes)
     if task["start"]:
@@ -131,7 +130,7 @@ def train_final_model(task: Mapping[str, Any], began: float) -> None:
             out some of the painted images).
         began: The start time.
     """
-    from useg.config import Settings
+    from useg.config import VALIDATE_AT_END, Settings
     from useg.data.layouts import find_dataset
     from useg.training.loop import fit
     from useg.training.warm_start import adopt_settings
@@ -139,7 +138,7 @@ def train_final_model(task: Mapping[str, Any], began: float) -> None:
     dataset = find_dataset(Path(task["root"]), strict=False)
     pairs = tuple(replace(pair, split="train") for pair in _painted(dataset, task["images"]))
     dataset = replace(dataset, pairs=pairs, splits_by="all painted images", notes=())
-    changes = {"train.minutes": task["minutes"], "train.validate_every": _NEVER}
+    changes = {"train.minutes": task["minutes"], "train.validate_every": VALIDATE_AT_END}
     start = choose_start(task["start"], Path(task["scored"]))
     settings, _ = adopt_settings(start, Settings().with_(changes), changes.keys())
     out = Path(task["out"])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from useg import distributed
-from useg.config import Settings
+from useg.config import VALIDATE_AT_END, Settings
 from useg.data.dataset import Dataset
 from useg.device import CPU
 from useg.errors import DataError, SettingsError, UsageError, format_count
@@ -203,8 +203,8 @@ class TrainingSession:
                 self.validate(row)
             elif step == self.estimate_step:
                 _estimate_score(self)
-            if self.is_comparison_due(step):
-                self.compare_colours(row)
+            if self.unlabelled and self.is_comparison_due(step):
+                _compare_colours(self, self.unlabelled, row)
             if self.budget and self.budget.recount(step, self.schedule):
                 self.store_recount(step)
             if self.budget and self.threads.adapt(step):
@@ -259,14 +259,6 @@ class TrainingSession:
         """Return whether to score the model in the colours of images without masks."""
         return self.unlabelled is not None and self.unlabelled.is_due(step, self.schedule)
 
-    def compare_colours(self, row: LogRow) -> None:
-        """Score the model in these colours; later crops take them if they matter."""
-        assert self.unlabelled
-        self.progress.say(self.unlabelled.compare(self.trainer, row, self.schedule))
-        self.set_and_store({"train.unlabelled_from": self.unlabelled.from_step})
-        if self.budget:
-            self.budget.skip()
-
     def validate(self, row: LogRow) -> None:
         """Validate the model, keep it if it is the best, and add its scores to the row."""
         step, model = row["step"], self.trainer.model
@@ -304,27 +296,6 @@ class TrainingSession:
             _save_best_model(trainer, self.out, self.dataset, step, scores)
         return validation, scores
 
-    def score_start(self) -> None:
-        """Score the model that the run starts from: it is kept if training makes nothing better.
-
-        A few held-out images do not show whether training has made a model better for others, so
-        the start is then only scored.
-        """
-        start, val = self.trainer.start, self.trainer.val
-        # It may have been trained on images that would score it.
-        if start is None or not start.keeps_all_classes or start.num_seen or not val:
-            return
-        if len(val) < MIN_HELD_OUT_TO_KEEP_START:
-            scores = score_counts(self.trainer, validate(self.trainer, val).counts)
-            note = ", too few to decide between it and the trained model"
-        else:
-            _, scores = self.validate_and_keep_best(0)
-            note = ""
-        self.progress.say(
-            f"before training, the model scores mIoU {100 * scores.mean_iou:.1f} % on the "
-            f"{format_count(len(val), 'held-out image')}{note}"
-        )
-
     def _picture_path(self, step: int) -> Path | None:
         """Draw the first, second, fourth, eighth, ... and last validation."""
         epoch = step * self.batch // self.num_train
@@ -341,7 +312,7 @@ class TrainingSession:
             model = self.trainer.model
             model.eval()
             comparison = self.unlabelled.ending_seconds if self.unlabelled else 0.0
-            mixing = self.budget.validation_seconds if self.trainer.start else 0.0
+            mixing = self.budget.validation_seconds if _choose_start_share(self.trainer) else 0.0
             self.budget.ending_measured(self.measure_ending(model) + comparison + mixing)
             self.trainer.set_training_mode()
         self.budget.skip()
@@ -420,8 +391,8 @@ def begin_session(
     )
     session.warn(monitor.check_skipped([each.reason for each in dataset.skipped]))
     session.warn(monitor.check_classes())
-    if not state.step:
-        session.score_start()
+    if trainer.start and not state.step:
+        _score_start(session, trainer.start)
     _plan_estimate(session)
     return session
 
@@ -455,6 +426,39 @@ def _estimate_score(session: TrainingSession) -> None:
         "images"
     )
     session.predict_ending()
+
+
+def _score_start(session: TrainingSession, start: WarmStart) -> None:
+    """Score the model that the run starts from: it is kept if training makes nothing better.
+
+    It is only scored if the held-out images are few, which do not show what is better for others,
+    or if they must not choose the model that is kept.
+    """
+    trainer, val = session.trainer, session.trainer.val
+    # It may have been trained on images that would score it.
+    if not start.keeps_all_classes or start.num_seen or not val:
+        return
+    note = ""
+    if len(val) < MIN_HELD_OUT_TO_KEEP_START:
+        note = ", too few to decide between it and the trained model"
+    elif session.validate_every == VALIDATE_AT_END:
+        note = ", which do not decide between it and the trained model"
+    if note:
+        scores = score_counts(trainer, validate(trainer, val).counts)
+    else:
+        _, scores = session.validate_and_keep_best(0)
+    session.progress.say(
+        f"before training, the model scores mIoU {100 * scores.mean_iou:.1f} % on the "
+        f"{format_count(len(val), 'held-out image')}{note}"
+    )
+
+
+def _compare_colours(session: TrainingSession, unlabelled: Unlabelled, row: LogRow) -> None:
+    """Score the model in the colours of images without masks; later crops may take them."""
+    session.progress.say(unlabelled.compare(session.trainer, row, session.schedule))
+    session.set_and_store({"train.unlabelled_from": unlabelled.from_step})
+    if session.budget:
+        session.budget.skip()
 
 
 def _explain_infinite_loss(session: TrainingSession, taken: TakenStep) -> UsageError:
@@ -499,7 +503,7 @@ def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -
         scores: Scores of the model that the run has kept.
     """
     trainer = session.trainer
-    share = _choose_start_share(trainer, start)
+    share = _choose_start_share(trainer)
     if not share:
         return scores
     # Every process waits until the file is written.
@@ -527,9 +531,11 @@ def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -
     return mixed
 
 
-def _choose_start_share(trainer: Trainer, start: WarmStart) -> float:
-    """Return the share of the weights of the start to mix into the trained model."""
-    given = trainer.settings.model.start_share
+def _choose_start_share(trainer: Trainer) -> float:
+    """Return the share of the weights of the start, if any, to mix into the trained model."""
+    start, given = trainer.start, trainer.settings.model.start_share
+    if start is None:
+        return 0.0
     if not start.keeps_all_classes or given is not None:
         return given or 0.0
     is_alike = trainer.model.working == start.model.working
