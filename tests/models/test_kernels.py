@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.models import kernels
-from useg.models.compiled_layers import SIGNATURES
 from useg.models.encoders import EncoderUNet, InvertedResidual, describe_block, describe_level
 from useg.models.kernels import (
     COMPILERS,
+    SIGNATURES,
     compute_blocks,
     compute_levels,
     convolve_normalized,

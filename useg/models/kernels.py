@@ -9,8 +9,8 @@ takes longer than computing it where features are small, so ``convolutions.c``, 
 once.
 
 They are compiled when a network first needs them, in a few seconds, and loaded only if they compute
-what PyTorch computes. ``USEG_KERNELS=off`` turns them off. :mod:`useg.models.compiled_layers` and
-:mod:`useg.models.compiled_blocks` call them.
+what PyTorch computes. ``USEG_KERNELS=off`` turns them off. :mod:`useg.models.compiled_layers` calls
+them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.machine import in_parallel
-from useg.models.compiled_blocks import Block, Level, apply_blocks, apply_levels
 from useg.models.compiled_layers import (
-    LANES,
-    MAX_LOSS_CLASSES,
-    PAIRED,
-    SIGNATURES,
+    Block,
+    Level,
+    apply_blocks,
     apply_convolution,
+    apply_levels,
     apply_loss,
     apply_norm,
     apply_repeated,
     depthwise_convolution,
     square_convolution,
-    takes_convolution,
 )
 
 # The types of each function's arguments.
@@ -52,6 +51,48 @@ Signatures = Mapping[str, Sequence[Any]]
 
 # Environment variable that turns the compiled layers off.
 KERNELS_VARIABLE = "USEG_KERNELS"
+
+# The arguments of each function.
+SIGNATURES = {
+    # normalisation, x, residual, y, pixels, channels
+    "useg_norm_forward": (*[c_void_p] * 4, c_int64, c_int64),
+    # normalisation, x, gradient, its result, pixels, channels
+    "useg_norm_backward": (*[c_void_p] * 4, c_int64, c_int64),
+    # sizes, normalisations before and after, x, weight, filtered, y
+    "useg_filter_forward": (c_void_p,) * 7,
+    # The same, gradient instead of y; then the gradients of x and weight.
+    "useg_filter_backward": (c_void_p,) * 9,
+    # sizes, normalisations before and after, x, weight, convolved, y
+    "useg_convolution_forward": (c_void_p,) * 7,
+    # The same, gradient instead of y; then the gradients of x and weight.
+    "useg_convolution_backward": (c_void_p,) * 9,
+    # blocks, their number
+    "useg_blocks_length": (c_void_p, c_int64),
+    # blocks, their number, x, memory for all features
+    "useg_blocks_forward": (c_void_p, c_int64, c_void_p, c_void_p),
+    # The same; then the gradient of x.
+    "useg_blocks_backward": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    # levels, their number
+    "useg_levels_length": (c_void_p, c_int64),
+    # levels, their number, x, memory for all features, y
+    "useg_levels_forward": (c_void_p, c_int64, *[c_void_p] * 3),
+    # The same, gradient instead of y; then the gradient of x.
+    "useg_levels_backward": (c_void_p, c_int64, *[c_void_p] * 4),
+    # weight, its sizes D, C and S, sums, rest
+    "useg_upsampling_weights": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p),
+    # gradients of sums and rest, the sizes, gradient of the weight
+    "useg_upsampling_weight_gradient": (c_void_p, c_void_p, *[c_int64] * 3, c_void_p),
+    # logits, target, pixels, classes, weight; then factors, loss and coefficients
+    "useg_loss_forward": (
+        *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+        *(c_float, c_float, c_void_p, c_void_p),
+    ),
+    # The same; then coefficients, gradient of the loss and that of the logits.
+    "useg_loss_backward": (
+        *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+        *(c_void_p, c_float, c_void_p),
+    ),
+}
 
 SOURCES = (
     "kernels.c",
@@ -70,6 +111,15 @@ MAX_COMPILE_SECONDS = 900
 # Relative difference to PyTorch's results in fp32, from rounding to bf16, which has 8 bits.
 MAX_DIFFERENCE = 0.02
 
+# Channels are computed in groups of this size.
+LANES = 16
+
+# Channels of 1x1 convolutions are multiples of this.
+PAIRED = 8
+
+# The compiled loss takes at most this many classes.
+MAX_LOSS_CLASSES = 256
+
 # The features (N, C, H, W) on which the kernels are tried.
 _TRIED_SHAPE = 2, 48, 10, 8
 
@@ -80,7 +130,7 @@ def load_kernels() -> ctypes.CDLL | None:
     kernels = compile_sources([Path(__file__).with_name(name) for name in SOURCES], SIGNATURES)
     if kernels:
         for function in (kernels.useg_blocks_length, kernels.useg_levels_length):
-            function.restype = ctypes.c_int64
+            function.restype = c_int64
     return kernels if kernels and _agrees(kernels) else None
 
 
@@ -260,6 +310,14 @@ def filter_normalized(
     return apply_convolution(filtering, x, weight, norms, activation)
 
 
+def _takes_convolution(kernels: ctypes.CDLL, x: Tensor, out_channels: int) -> bool:
+    """Return whether there is a compiled 3x3 convolution from (N, C, H, W) to D channels."""
+    _, C, _, W = x.shape
+    # Pairs of pixels are multiplied at once.
+    fits = not (C % LANES or out_channels % LANES or W % 2)
+    return fits and bool(kernels.useg_has_convolutions())
+
+
 def _takes_filter(
     weight: Tensor, stride: int, norms: Sequence[nn.BatchNorm2d | None], num_pixels: int
 ) -> bool:
@@ -345,7 +403,7 @@ def convolve_normalized(
     match layers[:5]:
         case [nn.BatchNorm2d() as before, _, nn.Conv2d() as conv, nn.BatchNorm2d() as after, last]:
             is_simple = _is_simple(before) and _is_simple(after) and conv.padding == (1, 1)
-            if kernels and is_simple and takes_convolution(kernels, x, conv.out_channels):
+            if kernels and is_simple and _takes_convolution(kernels, x, conv.out_channels):
                 convolving = square_convolution(kernels, x, conv.weight)
                 y = apply_convolution(convolving, x, conv.weight, (before, after), last)
                 return y, iter(layers[5:])
