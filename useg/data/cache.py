@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -107,8 +108,8 @@ class Samples(Sequence[CachedSample]):
         table: The samples' places and checksums.
         pixels: Number type of the images.
         decode: Decodes sample k from its files.
-        on_damage: Called when a sample is damaged.
         labels: Number type of the labels.
+        on_damage: Called when a sample is damaged.
 
     Raises:
         ValueError: The block has more or fewer bytes than the table says.
@@ -120,8 +121,8 @@ class Samples(Sequence[CachedSample]):
         table: SampleTable,
         pixels: str,
         decode: Callable[[int], CachedSample],
-        on_damage: Callable[[], None],
         labels: str = "uint8",
+        on_damage: Callable[[], None] = lambda: None,
     ) -> None:
         self.table = table
         self.pixels, self.labels = pixels, labels
@@ -297,26 +298,26 @@ def build_cache(
         num_classes = len(dataset.classes)
         return write_samples(file, decode, len(pairs), channels, num_classes, max_bytes, progress)
 
-    labels = "uint16" if objects else "uint8"
+    open_samples = partial(
+        Samples, pixels=pixels, decode=decode, labels="uint16" if objects else "uint8"
+    )
     folder = find_cache_folder()
     if folder is not None:
         try:
             form = f"{working} {channels} {pixels} {native} counted"
             form += f" objects {object_classes(dataset)}" if objects else ""
             key = make_cache_key(folder, dataset, pairs, form)
-            return _find_or_create(folder, key, pixels, labels, decode, write)
+            return _find_or_create(folder, key, open_samples, write)
         except OSError as error:
             warn(
                 f"the cache {folder} cannot be used ({error.strerror or error}); "
                 "the decoded images go to a temporary file, for this run only"
             )
-    return _create_uncached(pixels, labels, decode, write, warn)
+    return _create_uncached(open_samples, write, warn)
 
 
 def _create_uncached(
-    pixels: str,
-    labels: str,
-    decode: Callable[[int], CachedSample],
+    open_samples: Callable[..., Samples],
     write: Callable[[BinaryIO], SampleTable],
     warn: Callable[[str], None],
 ) -> Samples:
@@ -324,7 +325,7 @@ def _create_uncached(
     try:
         with tempfile.TemporaryFile() as file:
             table = write(file)
-            return Samples(map_file(file), table, pixels, decode, lambda: None, labels)
+            return open_samples(map_file(file), table)
     except OSError as error:
         warn(
             f"no temporary file can be written in {tempfile.gettempdir()} "
@@ -332,15 +333,13 @@ def _create_uncached(
         )
         memory = io.BytesIO()
         table = write(memory)
-        return Samples(memory.getbuffer(), table, pixels, decode, lambda: None, labels)
+        return open_samples(memory.getbuffer(), table)
 
 
 def _find_or_create(
     folder: Path,
     key: CacheKey,
-    pixels: str,
-    labels: str,
-    decode: Callable[[int], CachedSample],
+    open_samples: Callable[..., Samples],
     write: Callable[[BinaryIO, int], SampleTable],
 ) -> Samples:
     """Find the samples in the cache folder, or write them there.
@@ -348,26 +347,23 @@ def _find_or_create(
     Raises:
         OSError: They cannot be written there.
     """
-    entry = cache_folder.find_cached(folder, key.key)
-    samples = entry and _open_entry(entry, pixels, labels, decode)
-    if samples:
+    if samples := _open_entry(folder, key.key, open_samples):
         return samples
     with cache_folder.create_cached(folder, key.key) as entry:
         with open(entry / "samples.bin", "wb") as file:
             table = write(file, cache_folder.read_cache_limit(folder))
         cache_folder.write_arrays(entry / "ledger.npz", asdict(table))
         key.check()
-    entry = cache_folder.find_cached(folder, key.key)
-    samples = entry and _open_entry(entry, pixels, labels, decode)
-    if not samples:
-        raise OSError("what was written there cannot be read")
-    return samples
+    if samples := _open_entry(folder, key.key, open_samples):
+        return samples
+    raise OSError("what was written there cannot be read")
 
 
-def _open_entry(
-    entry: Path, pixels: str, labels: str, decode: Callable[[int], CachedSample]
-) -> Samples | None:
-    """Open an entry of the cache folder; a damaged one is removed."""
+def _open_entry(folder: Path, key: str, open_samples: Callable[..., Samples]) -> Samples | None:
+    """Open an entry of the cache folder, if it is there; a damaged one is removed."""
+    entry = cache_folder.find_cached(folder, key)
+    if entry is None:
+        return None
     arrays = cache_folder.read_arrays(entry / "ledger.npz")
     # The file may be gone, empty, or shorter than the table says.
     with suppress(OSError, ValueError):
@@ -375,8 +371,6 @@ def _open_entry(
             table = SampleTable(**arrays)
             with open(entry / "samples.bin", "rb") as file:
                 content = map_file(file)
-            return Samples(
-                content, table, pixels, decode, lambda: cache_folder.remove_cached(entry), labels
-            )
+            return open_samples(content, table, on_damage=lambda: cache_folder.remove_cached(entry))
     cache_folder.remove_cached(entry)
     return None

@@ -87,16 +87,12 @@ def fit(
 
     Args:
         dataset: Pairs with their splits assigned (:func:`useg.data.splits.assign_splits`).
-        out: The run folder, new or empty. It receives ``model.safetensors`` (the model of the best
-            validation mIoU), ``run.toml``, ``split.csv``, ``log.jsonl``, ``curves.png``,
-            ``pictures/``, ``state.pt`` (the checkpoint), and ``tensorboard/`` if asked for.
+        out: The run folder, new or empty.
         settings: The settings; those that are None are planned.
         progress: Receives what happens.
-        resume: Continue the run in ``out``, whose ``run.toml`` holds the settings. The result is
-            the same to the bit as without the interruption.
+        resume: Continue the run in ``out``, whose ``run.toml`` holds the settings.
         began: When the time began to count (``time.perf_counter``); by default now.
-        measure_ending: Returns how many seconds the caller will need after training, within the
-            time of the run; by default none.
+        measure_ending: Returns how many seconds of the run the caller needs after training.
 
     Raises:
         UsageError: The data or settings cannot be used, or the folder cannot be written or
@@ -126,7 +122,7 @@ def fit(
     if not resume:
         trainer.settings = trainer.settings.with_({"train.thread_changes": threads.changes})
         budget = _start_run(trainer, began, progress, has_ending=measure_ending is not None)
-        if not distributed.process_rank():
+        if distributed.process_rank() == 0:
             # The splits come last: a run that has none is started again.
             write_run_toml(trainer.settings)
             write_split_csv(out / "split.csv", dataset)
@@ -150,11 +146,11 @@ def _loop(session: TrainingSession) -> bool:
             stopwatch.batch_arrived()
             taken.append(session.take_step(x, target))
             # The previous step is accounted for while a GPU computes this one.
-            is_late = session.may_overlap_next(taken[-1].step, stop)
-            while len(taken) > is_late:
+            is_overlapped = session.may_overlap_next(taken[-1].step, stop)
+            while len(taken) > is_overlapped:
                 if session.account_for(taken.popleft(), stop, is_last_taken=not taken):
                     return True
-            stopwatch.start_step(is_late=is_late)
+            stopwatch.start_step(is_overlapped=is_overlapped)
     return False
 
 
@@ -168,14 +164,15 @@ def _prepare_run(
     dataset: Dataset, plan: Plan, start: WarmStart | None, out: Path, progress: Progress
 ) -> tuple[Trainer, Unlabelled | None]:
     """Make the run folder and the trainer; a new folder is removed if the data cannot be used."""
+    unlabelled = None
     with run_folder(out):
-        trainer, unlabelled = prepare_trainer(dataset, plan, progress, start), None
+        trainer = prepare_trainer(dataset, plan, progress, start)
         if trainer.settings.data.unlabelled:
             from useg.training.unlabelled import prepare_unlabelled
 
             unlabelled = prepare_unlabelled(trainer, plan)
         make_folder(out / "pictures")
-    if not distributed.process_rank():
+    if distributed.process_rank() == 0:
         for folder in (out, out / "pictures"):
             clear_drafts(folder)
     return trainer, unlabelled
@@ -201,7 +198,8 @@ def _start_run(
     trainer.settings = trainer.settings.with_(
         {"train.steps": length.steps, "train.validate_every": length.validate_every}
     )
-    num_train, epochs = len(trainer.batches.samples), length.steps / trainer.batches.per_epoch
+    epochs = length.steps / trainer.batches.per_epoch
+    num_train = len(trainer.batches.samples)
     progress.say(
         f"train.steps = {length.steps}: {epochs:.1f} epochs of {num_train} training images"
     )
@@ -220,8 +218,14 @@ def _close_session(session: TrainingSession, interrupted: bool) -> Run:
     scores = score_counts(trainer, recorder.state.best)
     if trainer.start and not interrupted:
         scores = mix_with_start(session, trainer.start, scores)
-    if recorder.rows and not distributed.process_rank():
+    if recorder.rows and distributed.process_rank() == 0:
         with replacing(session.out / "curves.png", is_own_picture) as draft:
             draw_curves(recorder.rows, draft)
-    rows, notices = tuple(recorder.rows), tuple(session.monitor.notices.values())
-    return Run(session.out, trainer.settings, scores, rows, interrupted, notices)
+    return Run(
+        session.out,
+        trainer.settings,
+        scores,
+        tuple(recorder.rows),
+        interrupted,
+        tuple(session.monitor.notices.values()),
+    )

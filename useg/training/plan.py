@@ -410,32 +410,34 @@ class _Planner:
         """Downscale whole scenes to fit the time, but keep the details of their labels."""
         if self.settings.data.size or self.settings.data.scale:
             return
-        known, least = self.label_statistics.position_information(), MIN_LABEL_IOU
-        if known >= MIN_POSITION_INFORMATION:
+        position_information = self.label_statistics.position_information()
+        if position_information >= MIN_POSITION_INFORMATION:
+            min_iou = MIN_LABEL_IOU
             whole = (
-                f"whole scenes: the position of a pixel explains {100 * known:.0f} % of its class, "
-                "so images are"
+                f"whole scenes: the position of a pixel explains {100 * position_information:.0f} "
+                "% of its class, so images are"
             )
         elif _are_photographs(self.sizes, self.channels):
+            min_iou = MIN_DETAIL_IOU
             whole = "photographs (colour images that all have the same oblong size) are"
-            least = MIN_DETAIL_IOU
         else:
             self.decide(
                 "data.scale",
                 1.0,
-                f"the position of a pixel explains only {100 * known:.0f} % of its class, so "
-                "images keep their resolution, unless all are colour images of one oblong size",
+                f"the position of a pixel explains only {100 * position_information:.0f} % of its "
+                "class, so images keep their resolution, unless all are colour images of one "
+                "oblong size",
             )
             return
         frame, pixels = self.frame, self.crop_pixels
         size = _reduce(frame, pixels, self.network.stride)
         limit = "as the time allows" if self.is_timed else "by default"
         reason = f"{whole} reduced to about {pixels:,} pixels, {limit}"
-        kept_at = self.label_statistics.iou_after_reduction
-        while size != frame and (kept := kept_at(size[0] / frame[0])) < least:
+        label_iou = self.label_statistics.iou_after_reduction
+        while size != frame and (iou := label_iou(size[0] / frame[0])) < min_iou:
             reason = (
                 f"{whole} not cut; labels with fine structures, reduced to the next smaller size, "
-                f"would reach an IoU of only {100 * kept:.0f} % with the original labels"
+                f"would reach an IoU of only {100 * iou:.0f} % with the original labels"
             )
             pixels *= 2
             size = _reduce(frame, pixels, self.network.stride)
@@ -466,15 +468,16 @@ class _Planner:
         if crop != wanted:
             reason += ", rounded up to a size that the network takes"
         self.decide("data.crop", crop, reason)
-        upright = self.label_statistics.vertical_information()
-        flips, reason = "all", "images have no natural orientation: labels look alike upside down"
-        if upright >= MIN_VERTICAL_INFORMATION:
-            flips = "horizontal"
+        vertical_information = self.label_statistics.vertical_information()
+        if vertical_information >= MIN_VERTICAL_INFORMATION:
             reason = (
                 "images have a natural orientation: the vertical position of a pixel explains "
-                f"{100 * upright:.0f} % of its class"
+                f"{100 * vertical_information:.0f} % of its class"
             )
-        self.decide("train.flips", flips, reason)
+            self.decide("train.flips", "horizontal", reason)
+        else:
+            reason = "images have no natural orientation: labels look alike upside down"
+            self.decide("train.flips", "all", reason)
 
     def choose_width(self) -> None:
         crop = self.settings.data.crop
@@ -506,14 +509,17 @@ class _Planner:
         self.decide("train.coarse", *choose_coarse(self.settings, self.is_timed))
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
         self.decide("train.batch", *choose_batch(pixels, small_objects=self.has_small_objects))
-        model, known = self.settings.model, self.label_statistics.position_information()
-        upright = self.label_statistics.vertical_information()
+        model = self.settings.model
+        position_information = self.label_statistics.position_information()
+        vertical_information = self.label_statistics.vertical_information()
         if model.encoder in encoders.ENCODERS and (model.pretrained or model.start):
-            self.decide("train.encoder_rate", *choose_encoder_rate(model, upright))
-        self.decide("train.zoom", *choose_zoom(known))
-        self.decide("data.standardize", *choose_standardize(upright, self.settings, self.pixels))
+            self.decide("train.encoder_rate", *choose_encoder_rate(model, vertical_information))
+        self.decide("train.zoom", *choose_zoom(position_information))
+        standardize = choose_standardize(vertical_information, self.settings, self.pixels)
+        self.decide("data.standardize", *standardize)
         if self.settings.train.photometric is None:
-            self.decide("train.photometric", *choose_photometric(known, self.dataset))
+            photometric = choose_photometric(position_information, self.dataset)
+            self.decide("train.photometric", *photometric)
 
 
 def _fit_crop(

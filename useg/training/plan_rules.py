@@ -131,7 +131,8 @@ class LabelStatistics:
     @cached_property
     def grids(self) -> NDArray[np.float64]:
         """Each class's share of the pixels in each cell, ``(N, GRID, GRID, K)``."""
-        num_classes, grids = len(self.names), []
+        num_classes = len(self.names)
+        grids = []
         for label in self.labels:
             rows, columns = (np.arange(side) * GRID // side for side in label.shape)
             cells = rows[:, None] * GRID + columns
@@ -356,9 +357,11 @@ def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
     return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
 
 
-def choose_standardize(upright: float, settings: Settings, pixels: str) -> tuple[bool, str]:
+def choose_standardize(
+    vertical_information: float, settings: Settings, pixels: str
+) -> tuple[bool, str]:
     """Return whether every image gets the same brightness and contrast, and the reason."""
-    if upright < MIN_VERTICAL_INFORMATION or not settings.data.size:
+    if vertical_information < MIN_VERTICAL_INFORMATION or not settings.data.size:
         return False, "brightness may show the class where images are not photographs of scenes"
     if pixels != "uint8":
         return False, "only images of 8 bits are standardised"

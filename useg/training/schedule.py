@@ -96,7 +96,8 @@ class Schedule:
             self._parts.append((first, position, rate))
             first, position = until, position + (until - first) * rate
         numbers = range(self.steps + 1)
-        self._coarse_steps = bisect_left(numbers, True, key=lambda k: not self.is_coarse(k))
+        # Number of steps, from the first one, that train at half the size.
+        self.coarse_steps = bisect_left(numbers, True, key=lambda k: not self.is_coarse(k))
 
     @property
     def planned_steps(self) -> int:
@@ -108,11 +109,6 @@ class Schedule:
         part = bisect_left(self._parts, step, key=lambda part: part[0]) - 1
         first, position, rate = self._parts[max(0, part)]
         return position + (min(step, self.steps) - first) * rate
-
-    @property
-    def coarse_steps(self) -> int:
-        """Number of steps, from the first one, that train at half the size."""
-        return self._coarse_steps
 
     def is_coarse(self, number: int) -> bool:
         """Return whether batch ``number`` (from 0) is at half the size."""

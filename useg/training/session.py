@@ -90,10 +90,10 @@ class Stopwatch:
         self.start_step()
         self._began = self._step_began - self.seconds
 
-    def start_step(self, *, is_late: bool = False) -> None:
+    def start_step(self, *, is_overlapped: bool = False) -> None:
         """Begin a step; its time began with the end of the one before if that is still open."""
         self._wait_began = time.perf_counter()
-        if not is_late:
+        if not is_overlapped:
             self._step_began = self._wait_began
 
     def batch_arrived(self) -> None:
@@ -151,16 +151,19 @@ class TrainingSession:
         self.train = self.trainer.settings.train
         assert self.train.batch
         assert self.train.validate_every
-        self.batch, self.validate_every = self.train.batch, self.train.validate_every
+        self.batch = self.train.batch
+        self.validate_every = self.train.validate_every
         self.num_train = len(self.trainer.batches.samples)
-        self.num_taken, self.steps_said = self.recorder.state.step, self.schedule.steps
-        self.reads_late = self.trainer.device != CPU and not distributed.is_distributed()
+        self.num_taken = self.recorder.state.step
+        self.reported_steps = self.schedule.steps
+        self.overlaps_steps = self.trainer.device != CPU and not distributed.is_distributed()
 
     def take_step(self, x: Tensor, target: Tensor) -> TakenStep:
         """Start the next training step; a GPU may still compute it when this returns."""
         self.threads.repeat(self.num_taken)
         self.num_taken += 1
-        learning_rate = self.learning_rate()
+        # That of the first group: without the factor of the encoder.
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         loss = self.trainer.train_step(self.optimizer, x, target)
         self.scheduler.step()
         return TakenStep(self.num_taken, x, target, learning_rate, loss, self.stopwatch.waited)
@@ -170,7 +173,7 @@ class TrainingSession:
 
         It may not if something needs the weights after this step, or decides about the next one.
         """
-        return self.reads_late and not (
+        return self.overlaps_steps and not (
             step == self.schedule.steps
             or stop.requested
             or self.is_validation_due(step)
@@ -188,13 +191,14 @@ class TrainingSession:
             stop: Whether the run was asked to stop.
             is_last_taken: Whether no later step has begun.
         """
-        step, loss, stopwatch = taken.step, float(taken.loss), self.stopwatch
+        step, stopwatch = taken.step, self.stopwatch
+        loss = float(taken.loss)
         if not math.isfinite(loss):
             raise _explain_infinite_loss(self, taken)
         stopwatch.step_done()
         if self.budget:
             self.budget.step_done(is_coarse=self.schedule.is_coarse(step - 1))
-        row = self.log_row(step, loss, taken.learning_rate)
+        row = self.log_row(taken, loss)
         self.warn(self.monitor.check_step(step, loss, stopwatch.step_seconds, taken.waited))
         self.warn(self.monitor.check_memory(self.trainer.num_parts, self.train.accumulate))
         interrupted = False
@@ -223,21 +227,17 @@ class TrainingSession:
         batches = self.trainer.batches.stream(state.step, schedule.is_coarse, is_matched)
         return takewhile(lambda batch: state.step < schedule.steps, batches)
 
-    def learning_rate(self) -> float:
-        """Return the learning rate of the next step, without the factor of the encoder."""
-        return float(self.scheduler.get_last_lr()[0])
-
-    def log_row(self, step: int, loss: float, learning_rate: float) -> LogRow:
+    def log_row(self, taken: TakenStep, loss: float) -> LogRow:
         """Return what the log says about a step; a validation adds to it."""
         return {
-            "step": step,
-            "epoch": step * self.batch / self.num_train,
+            "step": taken.step,
+            "epoch": taken.step * self.batch / self.num_train,
             "loss": loss,
             "mean_iou": None,
             "validation_loss": None,
             "images_per_second": self.batch / self.stopwatch.step_seconds,
             "seconds": self.stopwatch.seconds,
-            "learning_rate": learning_rate,
+            "learning_rate": taken.learning_rate,
         }
 
     def warn(self, notices: Sequence[Notice]) -> None:
@@ -261,7 +261,7 @@ class TrainingSession:
 
     def validate(self, row: LogRow) -> None:
         """Validate the model, keep it if it is the best, and add its scores to the row."""
-        step, model = row["step"], self.trainer.model
+        step, classes = row["step"], self.trainer.model.classes
         validation, scores = self.validate_and_keep_best(step)
         if not self.trainer.val:
             return
@@ -272,9 +272,9 @@ class TrainingSession:
         }
         picture = self._picture_path(step)
         if picture and validation.predictions:
-            draw_validation(self.trainer.val, validation.predictions, model.classes, picture)
+            draw_validation(self.trainer.val, validation.predictions, classes, picture)
         ious = class_ious(tally(validation.counts)).tolist()
-        by_name = dict(zip(model.classes.names, ious, strict=True))
+        by_name = dict(zip(classes.names, ious, strict=True))
         self.recorder.record_validation(step, by_name, picture)
         row["seconds"] = self.stopwatch.seconds_now()
         if self.budget:
@@ -321,8 +321,8 @@ class TrainingSession:
         """Write the new number of steps into ``run.toml``."""
         schedule = self.schedule
         self.set_and_store({"train.steps": schedule.steps, "train.recounts": schedule.recounts})
-        if abs(schedule.steps - self.steps_said) > MIN_REPORTED_CHANGE * self.steps_said:
-            self.steps_said = schedule.steps
+        if abs(schedule.steps - self.reported_steps) > MIN_REPORTED_CHANGE * self.reported_steps:
+            self.reported_steps = schedule.steps
             self.progress.say(
                 f"train.steps = {schedule.steps}: recounted after step {step} to finish on time"
             )
@@ -330,7 +330,7 @@ class TrainingSession:
     def set_and_store(self, changes: dict[str, Any]) -> None:
         """Change settings, here and in ``run.toml``."""
         self.trainer.settings = self.trainer.settings.with_(changes)
-        if not distributed.process_rank():
+        if distributed.process_rank() == 0:
             self.write_run_toml(self.trainer.settings)
 
     def seconds_left(self, row: LogRow) -> float:
@@ -566,7 +566,7 @@ def _save_best_model(
         trainer.model.provenance["unlabelled_from"] = trainer.settings.train.unlabelled_from
     if trainer.start:
         trainer.model.provenance["start"] = trainer.start.provenance(trainer.model.classes)
-    if not distributed.process_rank():
+    if distributed.process_rank() == 0:
         save_model(trainer.model, out / MODEL_NAME)
 
 
