@@ -157,6 +157,19 @@ def test_classes_with_numbers_in_other_bytes_are_asked_about(tmp_path: Path, how
     assert len(find_dataset(root).classes) > 8
 
 
+def test_classes_in_red_beside_numbered_objects_are_asked_about(tmp_path: Path) -> None:
+    """NuCLS: the class of each nucleus in red, and its number in the others."""
+
+    def number(label: np.ndarray, k: int) -> np.ndarray:
+        objects = blobs(k, 8)[1].astype(np.uint8)
+        kinds = np.random.default_rng(k).permutation(9) % 3 + 1
+        classes = np.where(objects, kinds[objects], 0).astype(np.uint8)
+        return np.dstack([classes, objects > 0, objects]).astype(np.uint8)
+
+    with pytest.raises(UsageError, match="a class in the red channel and the number"):
+        find_dataset(write_yards(tmp_path, number))
+
+
 def test_colours_and_ids_of_two_bytes_are_no_numbers(tmp_path: Path) -> None:
     dark = np.array([(0, 0, 0), (30, 0, 200), (5, 120, 0), (20, 90, 90)], np.uint8)
     assert len(decide(write_yards(tmp_path / "a", lambda label, _: dark[label])).classes) == 4

@@ -62,7 +62,15 @@ _UNCLEAR_OBJECTS = (
 
 
 # Instance ids are a class times this factor, plus a number.
-_CLASS_FACTOR = 1000
+_CLASS_FACTOR, _RED_FACTOR = 1000, 1 << 16
+_IN_THOUSANDS = (
+    f"{_CLASS_FACTOR} times a class plus the number of an object, as in Cityscapes' instanceIds; "
+    f"save mask // {_CLASS_FACTOR} as masks of classes"
+)
+_IN_RED = (
+    "a class in the red channel and the number of an object in the others, as in CARLA's instance "
+    "segmentation; save the red channel as masks of classes"
+)
 # The numbers of one class are consecutive if they span at most this many times their count.
 _MAX_NUMBER_GAPS = 1.5
 # Channels up to this are ids; those of colours are spread over 0 to 255.
@@ -328,13 +336,16 @@ def _describe_possible_numbers(
     ]
 
 
-def _describe_factor(is_thousand: bool, masks: Iterable[DecodedMask]) -> str:
-    """Return how values hold a class and the number of an object, and what to do; or ``""``."""
-    if is_thousand:
-        return (
-            f"{_CLASS_FACTOR} times a class plus the number of an object, as in Cityscapes' "
-            f"instanceIds; save mask // {_CLASS_FACTOR} as masks of classes"
-        )
+def _describe_factor(are_both: bool, masks: Iterable[DecodedMask]) -> str:
+    """Return how values hold a class and the number of an object, and what to do; or ``""``.
+
+    Args:
+        are_both: Whether they certainly do, in red or times :data:`_CLASS_FACTOR`.
+        masks: The masks.
+    """
+    if are_both:
+        is_colored = any(codes.max() >= COLOR_FLAG for codes, _ in islice(masks, 1))
+        return _IN_RED if is_colored else _IN_THOUSANDS
     found: set[int] = set()
     sizes = []
     for codes, _ in islice(masks, _NUM_MASKS_OF_NUMBERS):
@@ -353,10 +364,7 @@ def _describe_factor(is_thousand: bool, masks: Iterable[DecodedMask]) -> str:
         kinds = np.unique(values - COLOR_FLAG >> 16)
         if values[0] < COLOR_FLAG or len(kinds) < 3 or len(values) < 2 * len(kinds):
             return ""
-        return (
-            "a class in the red channel and the number of an object in the others, as in CARLA's "
-            "instance segmentation; save the red channel as masks of classes"
-        )
+        return _IN_RED
     kinds, numbers = np.divmod(values, IGNORE + 1)
     several = [numbers[kinds == kind] for kind in np.unique(kinds[kinds > 0])]
     follow = [np.ptp(each) < _MAX_NUMBER_GAPS * len(each) for each in several]
@@ -522,9 +530,14 @@ def _list_objects(codes: CodeMap) -> _Objects:
 
 
 def _are_classes_and_numbers(found: Sequence[_Objects]) -> bool:
-    """Whether values are several classes times a factor, plus numbers that follow each other."""
-    kinds, numbers = np.divmod(np.concatenate([objects.ids for objects in found]), _CLASS_FACTOR)
-    if kinds.min() < 1 or len(np.unique(kinds)) < 2:
+    """Whether values are several classes times a factor, plus numbers that follow each other.
+
+    In colours, the class is in the red channel.
+    """
+    ids = np.concatenate([objects.ids for objects in found])
+    is_colored = ids.min() >= COLOR_FLAG
+    kinds, numbers = np.divmod(ids % COLOR_FLAG, _RED_FACTOR if is_colored else _CLASS_FACTOR)
+    if kinds.min() < 1 or len(np.unique(kinds)) < 2 or (is_colored and kinds.max() >= _MAX_RED_ID):
         return False
     of_kind = [np.unique(numbers[kinds == kind]) for kind in np.unique(kinds)]
     follow = [each.max() - each.min() < _MAX_NUMBER_GAPS * len(each) for each in of_kind]
