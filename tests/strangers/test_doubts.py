@@ -32,6 +32,58 @@ def test_masks_of_disjoint_classes_are_not_compared_by_edges(tmp_path: Path) -> 
         find_dataset(tmp_path)
 
 
+def test_two_kinds_of_images_with_two_kinds_of_masks_are_asked_about(tmp_path: Path) -> None:
+    """OCTA-500: the shorter name of a folder of images says nothing about whose masks they are."""
+    for k in range(6):
+        image, label = yard(k)
+        masks = [(label == kind).astype(np.uint8) * 255 for kind in (3, 1)]
+        for name, pixels in zip(
+            ("Projection Maps/OCTA(ILM_OPL)", "Projection Maps/OCT(FULL)", "GroundTruth", "GT_FAZ"),
+            (image, 255 - image, *masks),
+            strict=True,
+        ):
+            save(tmp_path / "OCTA_3M" / name / f"{10001 + k}.bmp", pixels)
+    with pytest.raises(DataError, match="2 sets of images for the same masks"):
+        find_dataset(tmp_path)
+
+
+def test_numbered_channels_are_asked_about(tmp_path: Path) -> None:
+    """The 1 of w1 is also in s1, so its names have nothing that those of w2 lack."""
+    for k in range(6):
+        image, label = yard(k)
+        for channel in (1, 2):
+            save(tmp_path / f"plate1/A{k:02}_s1_w{channel}.tif", image[..., channel])
+        save(tmp_path / f"plate1/A{k:02}_s1_mask.tif", label)
+    with pytest.raises(DataError, match="2 sets of images for the same masks"):
+        find_dataset(tmp_path)
+
+
+def test_images_that_have_the_names_of_masks_are_taken(tmp_path: Path) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        for name, pixels in ("", 255 - image), ("_T", image), ("_W", 255 - image):
+            save(tmp_path / f"DJI_{k:04}{name}.jpg", pixels)
+        save(tmp_path / f"DJI_{k:04}_T_mask.png", (label == 3).astype(np.uint8) * 255)
+    dataset = find_dataset(tmp_path)
+    assert all(pair.image.stem.endswith("_T") for pair in dataset.pairs)
+    assert "have names less like those of the masks" in dataset.notes[0]
+
+
+def test_elevations_are_not_the_images(tmp_path: Path) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        heights = paint(label * 60, np.random.default_rng(k))
+        previews = np.ascontiguousarray(image[::2, ::2])
+        for name, pixels in ("image", image), ("dem", heights), ("previews", previews):
+            save(tmp_path / name / f"{k}.png", pixels)
+        save(tmp_path / "mask" / f"{k}.png", (label == 3).astype(np.uint8) * 255)
+    (note,) = find_dataset(tmp_path).notes[:1]
+    assert note.startswith("the images are image/*.png")
+    assert "previews/*.png, which are not used because they have other sizes" in note
+    assert "they are called 'dem'" in note
+    assert "and 'previews'" not in note
+
+
 def test_instances_over_the_whole_image_do_not_win_against_classes(tmp_path: Path) -> None:
     # Apollo's instanceIds are 65535 where no object is.
     for k in range(5):

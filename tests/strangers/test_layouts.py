@@ -832,7 +832,7 @@ def test_of_several_frames_for_one_mask_that_of_its_name_is_taken(tmp_path: Path
     dataset = find_dataset(tmp_path)
     assert {pair.image.stem for pair in dataset.pairs} == {"20"}
     assert any(
-        "because they have names unlike those of the masks" in note for note in dataset.notes
+        "because they have names less like those of the masks" in note for note in dataset.notes
     )
 
 

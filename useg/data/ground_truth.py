@@ -71,7 +71,8 @@ OTHER_WORDS = PREDICTION_WORDS | frozenset(
         *("instanceids", "instancetrainids", "segmentationobject", "old", "backup"),
         *("colour", "colours", "colored", "colormap", "colormaps", "vis", "visualization"),
         *("overlay", "overlays", "preview", "previews", "thumb", "thumbs", "thumbnail"),
-        *("thumbnails", "depth", "disparity", "boundary", "boundaries"),
+        *("thumbnails", "depth", "disparity", "dem", "dsm", "ndsm", "elevation", "elevations"),
+        *("boundary", "boundaries"),
         *("edge", "edges", "scribble", "scribbles", "border", "borders", "contour", "contours"),
     ]
 )

@@ -360,7 +360,11 @@ def _links_to_same_masks(main: Link, links: Sequence[Link]) -> list[Link]:
 
 
 def _have_own_masks(twin: Link, main: Link, links: Sequence[Link]) -> bool:
-    """Return whether other images have masks of their own, by a shorter rule than the others'."""
+    """Return whether other images have masks of their own, by a shorter rule than the others'.
+
+    The rules for the masks of both must be shorter than those that exchange them, too: one name of
+    a folder may only be shorter than another, such as ``oct`` beside ``octa``.
+    """
     images, taken = set(twin.partners), {*main.partners, *main.partners.values()}
     for link in links:
         own = set(link.partners.values())
@@ -370,7 +374,11 @@ def _have_own_masks(twin: Link, main: Link, links: Sequence[Link]) -> bool:
                 for other in links
                 if set(other.partners) & set(main.partners) and set(other.partners.values()) & own
             ]
-            is_shorter = link.rule.length < min([twin.rule.length, *rivals])
+            exchanged = twin.rule.length + min(rivals, default=main.rule.length)
+            is_shorter = (
+                link.rule.length < min([twin.rule.length, *rivals])
+                and link.rule.length + main.rule.length < exchanged
+            )
             if is_shorter and 2 * len(images & set(link.partners)) > len(images):
                 return True
     return False
@@ -380,7 +388,7 @@ def _find_worse_images(sets: Sequence[Link], files: NamedFiles) -> list[str]:
     """Return why each set of images is not used, empty for the best, or for those left to ask."""
     reasons = [""] * len(sets)
     constants = [files.constants(link.partners) for link in sets]
-    for is_better, why, is_final in _criteria_of_images(sets, constants, files):
+    for is_better, why, is_final in _criteria_of_images(sets, constants, reasons, files):
         left = [k for k, reason in enumerate(reasons) if not reason]
         better = [k for k in left if is_better(k)]
         if len(better) == 1 or (is_final and better):
@@ -392,23 +400,36 @@ def _find_worse_images(sets: Sequence[Link], files: NamedFiles) -> list[str]:
 
 
 def _criteria_of_images(
-    sets: Sequence[Link], constants: Sequence[frozenset[str]], files: NamedFiles
+    sets: Sequence[Link],
+    constants: Sequence[frozenset[str]],
+    reasons: Sequence[str],
+    files: NamedFiles,
 ) -> Iterator[tuple[Callable[[int], bool], str, bool]]:
     """Yield what makes a set of images better, what is said of others, and if they are then out.
 
     The best set is the one that is better alone, by the first criterion for which there is one.
+    ``reasons`` are those why sets are already out.
     """
     if len({frozenset(map(generalize_folder, link.partners)) for link in sets}) == 1:
-        # Frames of a video, of which one in each folder has a mask.
-        why = "have names unlike those of the masks"
-        yield lambda k: _have_mask_stems(sets[k], files), why, False
+        # Frames of a video, of which one in each folder has a mask, or images of two cameras.
+        shown = [_count_shared_start(link, files) for link in sets]
+        why = "have names less like those of the masks"
+        yield lambda k: shown[k] == max(shown) > 0, why, False
     yield lambda k: _have_mask_sizes(sets[k], files), "have other sizes", True
     kinds = [files.kind_by_pixels(link.partners) for link in sets]
     yield lambda k: kinds[k] == "image", "are no photographs", True
     words = [own & _OTHER_IMAGE_WORDS for own in constants]
-    called = join_names([f"'{word}'" for word in sorted(frozenset.union(*words))])
+    left = [own for own, reason in zip(words, reasons, strict=True) if not reason]
+    called = join_names([f"'{word}'" for word in sorted(frozenset.union(*left))])
     yield lambda k: not words[k], f"are called {called}", True
-    yield lambda k: all(constants[k] <= others for others in constants), "have longer names", False
+    sizes = [_count_parts(link, files) for link in sets]
+    # Names that differ by a number, such as channels, are not longer.
+    is_shortest = sizes.count(min(sizes)) == 1
+    yield (
+        lambda k: is_shortest and all(constants[k] <= others for others in constants),
+        "have longer names",
+        False,
+    )
     yield lambda k: bool(constants[k] & IMAGE_WORDS), "are not called images", False
     shared = [_count_shared_folders(link, files) for link in sets]
     best = max(shared)
@@ -421,12 +442,19 @@ def _count_shared_folders(link: Link, files: NamedFiles) -> int:
     return len(folders[0] & folders[1])
 
 
-def _have_mask_stems(link: Link, files: NamedFiles) -> bool:
-    """Return whether the images are called like their masks, apart from folders and suffixes."""
-    return all(
-        plain_stem(files.paths[one]) == plain_stem(files.paths[other])
-        for one, other in link.partners.items()
-    )
+def _count_parts(link: Link, files: NamedFiles) -> int:
+    """Return how many words, numbers and other characters the first path of a set has."""
+    return len(split_path(files.paths[min(link.partners)], files.root))
+
+
+def _count_shared_start(link: Link, files: NamedFiles) -> int:
+    """Return how much of the names of masks those of their images are; 0 if one does not fit."""
+    lengths = []
+    for one, other in link.partners.items():
+        stem, of_mask = (plain_stem(files.paths[name]) for name in (one, other))
+        is_start = of_mask.startswith(stem) and not of_mask[len(stem) :][:1].isalnum()
+        lengths.append(len(stem) if is_start else 0)
+    return 0 if 0 in lengths else sum(lengths)
 
 
 def _have_mask_sizes(link: Link, files: NamedFiles) -> bool:
