@@ -55,6 +55,8 @@ LAYOUTS = {
     "a backslash": ("images/{k}.png", ("seg \\one/{k}.png", "seg \\two/{k}.png"), 2),
     "all for validation": ("val/images/{k}.png", ("val/gt_a/{k}.png", "val/gt_b/{k}.png"), 0),
     "a line break": ("images/{k}.png", ("seg\na/{k}.png", "seg\nb/{k}.png"), 0),
+    "an ending that others have too": ("d/a{k}.jpg", ("d/a{k}_mask.png", "d/a{k}_cut_mask.png"), 2),
+    "copies of some masks": ("images/{k}.png", ("seg/{k}.png", "seg/{k} - Copy.png @0-2"), 2),
     "a mask alone": ("images/{k}.png @0-6", ("mask_a/{k}.png @0-6", "mask_b/{k}.png"), 1),
 }
 
@@ -113,3 +115,9 @@ def test_a_glob_names_what_files_share_in_the_middle() -> None:
     files = [Path(f"d/s_{k}_cl_{k}.tif") for k in (1, 2)]
     others = [Path(f"d/s_{k}_rep_{k}.tif") for k in (1, 2)]
     assert common_glob(files, Path("d"), [*files, *others]) == "s_*_cl_*.tif"
+
+
+def test_a_glob_ends_with_a_number_only_if_that_leaves_other_files_out() -> None:
+    files = [Path(f"d/s{k}_mask.tif") for k in (1, 2)]
+    assert common_glob(files, Path("d"), [*files, Path("d/s1_old_mask.tif")]) == "*[0-9]_mask.tif"
+    assert common_glob(files, Path("d"), [*files, Path("d/s13_mask.tif")]) == "s*_mask.tif"

@@ -371,6 +371,9 @@ def _globs_of_names(files: Sequence[Path]) -> list[str]:
     start, end = _common_ends([path.stem for path in files])
     inner = _common_parts([path.stem for path in files])
     names = ["*", f"*{end}", f"{start}*", f"{start}*{end}", *([inner] if inner else [])]
+    if all(re.search("[0-9]$", path.stem.removesuffix(end)) for path in files):
+        # a1_mask beside a1_color_mask.
+        names += [f"*[0-9]{end}", f"{start}*[0-9]{end}", names[-1]]
     return [f"{name}{suffix}" for name in names]
 
 
