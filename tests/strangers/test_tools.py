@@ -55,3 +55,13 @@ def test_coordinates_of_label_studio_turn_about_the_first_corner(tmp_path):
     rows, columns = np.nonzero(read_sample(dataset.pairs[0], dataset).label)
     assert (rows.min(), rows.max() + 1) == (8, 20)
     assert (columns.min(), columns.max() + 1) == (16, 24)
+
+
+@pytest.mark.parametrize("suffix", ["xml", "json"])
+def test_an_unknown_format_of_files_named_after_images_is_mentioned(tmp_path, suffix):
+    content = {"xml": "<ASAP_Annotations/>", "json": '[{"annotation": {"elements": []}}]'}
+    for k in range(3):
+        save(tmp_path / f"slide_{k}.png", yard(k)[0])
+        write_file(tmp_path / f"slide_{k}.{suffix}", content[suffix])
+    with pytest.raises(DataError, match=r"does not know the format of '.*slide_0.*COCO, LabelMe"):
+        find_dataset(tmp_path)

@@ -258,6 +258,14 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
     annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
     if annotated and not images:
         return f"Put the images of '{annotated[0]}' there too, or choose the folder that has both."
+    known = {name for path in images for name in (path.stem, path.name)}
+    beside = [path for path in annotated if path.stem in known]
+    if 2 * len(beside) > len(images):
+        return (
+            f"useg does not know the format of '{beside[0]}' and other files that are named after "
+            "images. If they have outlines, export them as COCO, LabelMe or 'CVAT for images 1.1', "
+            "or save a mask for each image"
+        )
     bare = [] if images else list_files(folder, ("",))
     if len(bare) > 1:
         return (
