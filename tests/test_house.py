@@ -83,7 +83,7 @@ def room(module: str) -> int:
 
 
 def test_there_are_few_modules() -> None:
-    assert len(MODULES) <= 158  # and __main__
+    assert len(MODULES) <= 159  # and __main__
 
 
 def test_every_module_stands_in_a_room_of_the_list() -> None:

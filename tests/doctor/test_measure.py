@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from made_doctor import SIZE
 
 from useg.data.dataset import COLOR_FLAG
+from useg.data.mask_content import color_code
 from useg.doctor import measure
-from useg.doctor.measure import THUMBNAIL_SHAPE, color_code, find_specks, map_codes
+from useg.doctor.mask_codes import map_codes
+from useg.doctor.measure import THUMBNAIL_SHAPE, find_specks
 
 
 def count_specks(codes: np.ndarray) -> int:

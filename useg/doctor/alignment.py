@@ -34,7 +34,8 @@ from useg.doctor.edges import (
     shift_z_score,
     strength_at,
 )
-from useg.doctor.measure import Finding, MeasuredDataset, Measurement, Repair, read_codes
+from useg.doctor.mask_codes import read_codes
+from useg.doctor.measure import Finding, MeasuredDataset, Measurement, Repair
 from useg.errors import UsageError, format_count
 
 # With fewer pairs, typical values are not known.

@@ -28,7 +28,8 @@ from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image
 from useg.data.layouts import find_dataset
 from useg.data.split_files import write_split_csv
 from useg.doctor.faulty_files import FORMAT_SUFFIX, detect_file_format
-from useg.doctor.measure import Repair, class_ids_by_code, read_ids
+from useg.doctor.mask_codes import class_ids_by_code, read_ids
+from useg.doctor.measure import Repair
 from useg.doctor.survey import Survey
 from useg.errors import DataError, MachineError, UsageError, format_count
 from useg.files import comparable_name, make_folder, replacing, replacing_folder

@@ -3,8 +3,6 @@
 A pair is measured once, while its pixels are in memory. Measurements have the same size for every
 image, so the memory of a survey does not depend on the number of pixels.
 
-What a mask stores at a pixel is a *code*: a value, or a colour (see :mod:`useg.data.mask_content`).
-
 The module also defines what a check returns: a :class:`Finding`, with the repairs that
 ``useg inspect --fix`` makes.
 """
@@ -21,22 +19,13 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, Label, pack_colors
+from useg.classes import Label
 from useg.data.dataset import (
-    COLOR_FLAG,
-    ClassMasks,
     CodeMap,
     Dataset,
     Pair,
-    find_background,
-    is_reduced,
     pair_name,
-    read_label,
     read_pair_image_and_missing,
-    read_pair_size,
-    read_stored_mask,
-    read_valid,
-    to_codes,
 )
 from useg.data.duplicates import (
     SIGNATURE_SIDE,
@@ -46,20 +35,22 @@ from useg.data.duplicates import (
 )
 from useg.data.mask_content import (
     MaskContent,
-    color_code,
     count_codes,
     find_runs,
     read_palette_codes,
 )
 from useg.doctor.edges import EdgeAlignment, measure_edge_alignment
+from useg.doctor.mask_codes import (
+    IGNORED_CODE,
+    class_ids_by_code,
+    codes_to_ids,
+    enlarge_codes,
+    read_codes_and_band,
+)
 from useg.errors import UsageError
-from useg.images.image_files import read_colors
 
 Severity = Literal["error", "warning", "note"]
 Computed = TypeVar("Computed")
-
-# The code of pixels that an annotation file excludes.
-IGNORED_CODE = -1
 
 # Rows and columns of a thumbnail.
 THUMBNAIL_SHAPE = (24, 32)
@@ -347,7 +338,7 @@ def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement
         find_landmarks(image),
     )
     try:
-        codes, band = _read_codes_and_band(pair, dataset)
+        codes, band = read_codes_and_band(pair, dataset)
         codes = enlarge_codes(codes, measured.size, dataset)
         if missing is not None and missing.shape == codes.shape:
             codes = np.where(missing, IGNORED_CODE, codes.astype(np.int64))
@@ -358,99 +349,6 @@ def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement
     same_size = measured.size == mask.size
     alignment = measure_edge_alignment(image, codes) if same_size else None
     return Measurement(pair, measured, mask, alignment=alignment)
-
-
-def read_codes(pair: Pair, dataset: Dataset) -> CodeMap:
-    """Read the codes ``(H, W)`` that a pair's mask stores.
-
-    Raises:
-        UsageError: the mask cannot be read.
-    """
-    return _read_codes_and_band(pair, dataset)[0]
-
-
-def _read_codes_and_band(pair: Pair, dataset: Dataset) -> tuple[CodeMap, int | None]:
-    codes, band = _read_whole_codes(pair, dataset)
-    if pair.valid is None or pair.truth is not None:
-        return codes, band
-    is_valid = read_valid(pair, (codes.shape[1], codes.shape[0]))
-    return np.where(is_valid, codes.astype(np.int64), IGNORED_CODE), band
-
-
-def _read_whole_codes(pair: Pair, dataset: Dataset) -> tuple[CodeMap, int | None]:
-    table = dataset.classes
-    if pair.truth == ClassMasks(()) and find_background(table) is None:
-        # The classes are not decided yet.
-        return np.zeros(read_pair_size(pair)[::-1], np.int64), None
-    if pair.truth is not None:
-        stored = np.full(256, IGNORED_CODE, np.int64)
-        stored[: len(table)] = table.values
-        return stored[read_label(pair, dataset)], None
-    if table.by_color:
-        mask = read_colors(pair.mask, page=pair.page)
-        if dataset.encoding.ignore_empty and not mask.any():
-            return np.full(mask.shape[:2], IGNORED_CODE, np.int64), None
-        return pack_colors(mask) | COLOR_FLAG, None
-    return to_codes(read_stored_mask(pair, dataset.encoding))
-
-
-def enlarge_codes(codes: CodeMap, size: tuple[int, int], dataset: Dataset) -> CodeMap:
-    """Enlarge the codes of a reduced mask to its image's ``(width, height)``."""
-    if not is_reduced((codes.shape[1], codes.shape[0]), size, dataset.encoding.scale):
-        return codes
-    rows, columns = (
-        np.arange(pixels) * stored // pixels
-        for pixels, stored in zip(size[::-1], codes.shape, strict=True)
-    )
-    return codes[np.ix_(rows, columns)]
-
-
-def class_ids_by_code(dataset: Dataset) -> dict[int, int]:
-    """Return code -> class id, or ``IGNORE`` for ignored codes."""
-    table = dataset.classes
-    known = {IGNORED_CODE: IGNORE}
-    if table.by_color:
-        known |= {COLOR_FLAG | code: IGNORE for code in table.ignore}
-        return known | {color_code(color): k for k, color in enumerate(table.colors)}
-    known |= dict.fromkeys(table.ignore, IGNORE)
-    known |= {value: k for k, value in enumerate(table.values)}
-    recolored = dataset.recolored
-    return known | {color_code(color): known[value] for color, value in recolored if value in known}
-
-
-def map_codes(codes: NDArray[Any], mapping: Mapping[int, int], default: int) -> NDArray[np.int64]:
-    """Replace each code by its value in ``mapping``, or by ``default``."""
-    keys = np.array(sorted(mapping), np.int64)
-    values = np.array([mapping[int(key)] for key in keys], np.int64)
-    place = np.clip(np.searchsorted(keys, codes), 0, len(keys) - 1)
-    return np.where(keys[place] == codes, values[place], default)
-
-
-def codes_to_ids(codes: NDArray[Any], class_ids: Mapping[int, int]) -> NDArray[np.int64]:
-    """Return the class id of each code, ``IGNORE`` for negative ones, and -1 for unknown ones."""
-    return np.where(codes < 0, IGNORE, map_codes(codes, class_ids, -1))
-
-
-def read_ids(
-    pair: Pair, dataset: Dataset, class_ids: Mapping[int, int] | None = None
-) -> NDArray[np.int64]:
-    """Read a mask as class ids ``(H, W)``, at its image's size if it is reduced as all masks are.
-
-    Args:
-        pair: the pair.
-        dataset: its data set.
-        class_ids: code -> class id; by default :func:`class_ids_by_code`.
-
-    Returns:
-        Class ids, ``IGNORE``, and -1 where no class has the code.
-
-    Raises:
-        UsageError: the mask cannot be read.
-    """
-    codes = read_codes(pair, dataset)
-    if dataset.encoding.scale > 1:
-        codes = enlarge_codes(codes, read_pair_size(pair), dataset)
-    return codes_to_ids(codes, class_ids or class_ids_by_code(dataset))
 
 
 def find_specks(codes: CodeMap, starts: NDArray[np.intp], lengths: NDArray[np.intp]) -> Specks:

@@ -31,12 +31,12 @@ from useg.doctor import (
     single_masks,
     stored_values,
 )
+from useg.doctor.mask_codes import map_codes
 from useg.doctor.measure import (
     Finding,
     MeasuredDataset,
     Measurement,
     Severity,
-    map_codes,
     measure_pair,
     relative_name,
 )

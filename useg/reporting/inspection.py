@@ -27,7 +27,8 @@ from useg.doctor.fix import (
     write_clean_copy,
     write_description,
 )
-from useg.doctor.measure import Finding, read_ids, relative_name
+from useg.doctor.mask_codes import read_ids
+from useg.doctor.measure import Finding, relative_name
 from useg.doctor.survey import Survey, defer_classes, survey_dataset
 from useg.errors import UsageError, format_count
 from useg.files import replacing
