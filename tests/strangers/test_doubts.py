@@ -69,6 +69,18 @@ def test_images_that_have_the_names_of_masks_are_taken(tmp_path: Path) -> None:
     assert "have names less like those of the masks" in dataset.notes[0]
 
 
+@pytest.mark.parametrize("folder", ["train", "2024"])
+def test_new_images_with_the_names_of_the_others_get_no_masks(tmp_path: Path, folder: str) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", yard(k + 10)[0])
+        save(tmp_path / folder / "images" / f"{k}.png", image)
+        save(tmp_path / folder / "masks" / f"{k}.png", label)
+    dataset = find_dataset(tmp_path)
+    assert {pair.image.parent for pair in dataset.pairs} == {tmp_path / folder / "images"}
+    assert "share fewer folders with the masks" in dataset.notes[0]
+
+
 def test_elevations_are_not_the_images(tmp_path: Path) -> None:
     for k in range(6):
         image, label = yard(k)

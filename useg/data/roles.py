@@ -422,17 +422,14 @@ def _criteria_of_images(
     left = [own for own, reason in zip(words, reasons, strict=True) if not reason]
     called = join_names([f"'{word}'" for word in sorted(frozenset.union(*left))])
     yield lambda k: not words[k], f"are called {called}", True
+    shared = [_count_shared_folders(link, files) for link in sets]
+    best = max(shared)
     sizes = [_count_parts(link, files) for link in sets]
     # Names that differ by a number, such as channels, are not longer.
     is_shortest = sizes.count(min(sizes)) == 1
-    yield (
-        lambda k: is_shortest and all(constants[k] <= others for others in constants),
-        "have longer names",
-        False,
-    )
+    plain = [is_shortest and all(own <= others for others in constants) for own in constants]
+    yield lambda k: plain[k] and shared[k] == best, "have longer names", False
     yield lambda k: bool(constants[k] & IMAGE_WORDS), "are not called images", False
-    shared = [_count_shared_folders(link, files) for link in sets]
-    best = max(shared)
     yield lambda k: shared[k] == best, "share fewer folders with the masks", False
 
 
