@@ -181,8 +181,8 @@ def check_dataset(dataset: Dataset, seconds: float | None, progress: Progress) -
     refuse_faulty(replace(dataset, pairs=pairs), progress.say)
     if len(pairs) < len(dataset.pairs):
         progress.say(
-            f"{len(pairs):,} of {len(dataset.pairs):,} images were checked for errors, which is "
-            "what the time allows; useg inspect checks all of them"
+            f"to save time, only {len(pairs):,} of {len(dataset.pairs):,} images were checked for "
+            "errors; useg inspect checks all of them"
         )
 
 
@@ -281,16 +281,16 @@ def _resume(
     began = time.perf_counter()
     settings = read_settings(out / "run.toml")
     if unlabelled is not None and settings.data.unlabelled != unlabelled:
-        before = settings.data.unlabelled or "no images without masks"
+        before = settings.data.unlabelled or "none"
         raise SettingsError(
-            f"the run in {out} has begun with {before}, not with {unlabelled}; continue it without "
-            "other images, or choose another folder for the output"
+            f"the unlabelled images of the run in {out} are {before}, not {unlabelled}; continue "
+            "it with its own, or choose another folder for the output"
         )
     if start is not None and settings.model.start != os.path.abspath(start):
         before = settings.model.start or "no other model"
         raise SettingsError(
             f"the run in {out} has started from {before}, not from {os.fspath(start)}; continue it "
-            "without another model, or choose another folder for the output"
+            "with its own, or choose another folder for the output"
         )
     refuse_changed_start(out / "run.toml")
     progress.say(f"continuing {out} with the settings of its run.toml")
@@ -386,7 +386,7 @@ def _report(run: Run, dataset: Dataset, began: float) -> None:
     if compared := [row["unlabelled"] for row in run.log if "unlabelled" in row]:
         from useg.training.unlabelled import describe_comparisons
 
-        facts["Images without masks"] = describe_comparisons(compared)
+        facts["Unlabelled images"] = describe_comparisons(compared)
         scores["unlabelled"] = compared
     write_json(run.out / "scores.json", scores)
     report = Report(

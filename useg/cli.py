@@ -176,7 +176,7 @@ def adapt_command(
     out: Out,
     json_file: JsonFile = None,
 ) -> None:
-    """Adapt a model to images without masks, for example of another season or laboratory.
+    """Adapt a model to unlabelled images, for example of another season or laboratory.
 
     Mixes the batch normalisation statistics of the images into those of the model. useg measures,
     without labels, which share of them helps. If none does, the model stays unchanged. So do models

@@ -74,8 +74,8 @@ class CrossValidation:
             ]
         ious = sorted((self.groups or {}).values())
         return [
-            f"on images like these {_in_words(self.near.mean_iou)}, on a new group expect {new} "
-            f"mIoU ({self.by})",
+            f"expect an mIoU of {_in_words(self.near.mean_iou)} on images like these, and of {new} "
+            f"on images of a new group ({self.by})",
             f"the scores of the groups range from {100 * ious[0]:.1f} to {100 * ious[-1]:.1f} %; "
             f"each of the {images} is scored by a model that has not seen its group",
         ]

@@ -102,7 +102,7 @@ def predict_command(
         typer.Option(
             metavar="SHARE",
             callback=finite,
-            help="Less video flicker: share of the previous frame to blend in (0 to below 1)",
+            help="Reduce video flicker: share of the previous frame to blend in (0 to below 1)",
         ),
     ] = 0.0,
     rank: Annotated[
@@ -134,8 +134,8 @@ def predict_command(
     runtime: Annotated[
         str | None,
         runtime_option(
-            "auto; for shards, clusters and images larger than memory, the model file's own, in "
-            "fp32"
+            "auto; for shards, clusters and images larger than memory, the one that the model "
+            "file was made for, in fp32"
         ),
     ] = None,
     device: Device = None,
@@ -277,7 +277,8 @@ def _refuse(given: Mapping[str, bool], mode: str) -> None:
     unused = [option for option, is_given in given.items() if is_given]
     if unused:
         verb = "does" if len(unused) == 1 else "do"
-        raise SettingsError(f"{', '.join(unused)} {verb} not apply to {mode}; leave it out")
+        it = "it" if len(unused) == 1 else "them"
+        raise SettingsError(f"{', '.join(unused)} {verb} not apply to {mode}; leave {it} out")
 
 
 def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Reporter) -> _Result:

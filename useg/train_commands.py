@@ -241,7 +241,9 @@ def evaluate_command(
             help="Predict in tiles of this size, or 0: in one pass; scores do not change",
         ),
     ] = None,
-    runtime: Annotated[str | None, runtime_option("the model file's own, in fp32")] = None,
+    runtime: Annotated[
+        str | None, runtime_option("the one that the model file was made for, in fp32")
+    ] = None,
     device: Device = None,
     augment: Augmentation = "none",
     json_file: JsonFile = None,

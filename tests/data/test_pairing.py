@@ -193,7 +193,7 @@ def test_voc_splits_are_read_and_images_may_have_no_mask(tmp_path):
     assert dataset.layout == "voc"
     assert [pair.split for pair in dataset.pairs] == ["train", "val"]
     assert dataset.classes.ignore == (IGNORE,)
-    assert any("useg leaves out 1 image beside" in note for note in dataset.notes)
+    assert any("1 image without an annotation left out, such" in note for note in dataset.notes)
     (tmp_path / "dataset.toml").write_text('missing = "background"')
     assert len(find_dataset(tmp_path).pairs) == 3
 

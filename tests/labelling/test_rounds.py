@@ -63,7 +63,7 @@ def test_the_first_round_waits_for_three_images_and_all_classes(site: LabelSite)
     assert waits_for() == "Training starts when you paint in 3 more images."
     for k in range(3):
         paint(site, k, np.zeros((4, 4)))
-    assert waits_for() == "Training waits for a stroke of square."
+    assert waits_for() == "Training starts when you paint square, too."
     paint(site, 1, np.ones((2, 2)))
     assert waits_for() == ""
 

@@ -186,7 +186,10 @@ def test_names_that_count_from_one_are_not_given_to_masks_that_count_from_zero(
     (tmp_path / "classes.csv").write_text("\n".join(["id,name", *rows]))
     dataset = find_dataset(tmp_path)
     assert dataset.classes.names == ("class 0", "class 1", "class 2", "class 3")
-    assert "'classes.csv' counts its classes from 1 and the masks count from 0" in dataset.notes[0]
+    assert (
+        "'classes.csv' numbers its classes from 1, but the masks number them from 0"
+        in dataset.notes[0]
+    )
 
 
 @pytest.mark.parametrize("noise", [0.02, 1.0])
@@ -323,7 +326,7 @@ def test_tables_of_run_lengths_are_read_in_the_order_that_the_shapes_show(
     dataset = find_dataset(tmp_path)
     assert dataset.classes.names == ("background", "class 1", "class 2", "class 3")
     assert any(f"follow the {how} of the images" in note for note in dataset.notes)
-    assert any("useg leaves out 1 image beside" in note for note in dataset.notes)
+    assert any("1 image without an annotation left out, such" in note for note in dataset.notes)
     assert {pair.image.name for pair in dataset.pairs} == truth.keys()
     for pair in dataset.pairs:
         assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])

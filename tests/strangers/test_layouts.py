@@ -223,9 +223,7 @@ def test_images_that_no_annotation_file_names_become_background(tmp_path: Path) 
     (tmp_path / "train.csv").write_text("\n".join(rows))
     dataset = find_dataset(tmp_path)
     assert len(dataset.pairs) == 3
-    assert any(
-        "useg leaves out 3 images beside the annotated ones" in note for note in dataset.notes
-    )
+    assert any("3 images without an annotation left out, such as" in note for note in dataset.notes)
     (tmp_path / "dataset.toml").write_text('missing = "background"')
     dataset = find_dataset(tmp_path)
     marked = [int((read_label(pair, dataset) == 1).sum()) for pair in dataset.pairs]

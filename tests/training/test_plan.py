@@ -156,7 +156,7 @@ def test_photographs_whose_labels_may_be_anywhere_are_reduced_to_nine_tenths_of_
     reason = chosen.reasons["data.size"]
     assert reason.startswith("photographs (colour images that all have the same ")
     # At 256x192, labels of 640x480 keep an IoU of 0.85.
-    assert ("would reach an IoU of only 85 %" in reason) == (reduced[0] == 352)
+    assert ("IoU with the original labels: 85 %" in reason) == (reduced[0] == 352)
 
 
 def test_whole_things_without_an_up_and_down_are_flipped_every_way(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_frames_with_fine_labels_are_reduced_less(tmp_path: Path) -> None:
     assert thin.settings.data.size == (512, 384)
     assert thin.settings.data.crop is not None
     assert np.prod(thin.settings.data.crop) < 1.2 * FRAME_PIXELS
-    assert "would reach an IoU of only" in thin.reasons["data.size"]
+    assert "not reduced further: at half as many pixels" in thin.reasons["data.size"]
     asked = planned(thin_set, data__size="512x384").settings.data
     assert (asked.size, asked.crop) == ((512, 384), (512, 384))
 

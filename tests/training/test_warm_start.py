@@ -261,7 +261,7 @@ def test_model_is_scored_before_training_and_kept_if_nothing_is_better(
 ) -> None:
     kept, said = spoil(run, tmp_path, 5, monkeypatch)
     percent = f"{100 * kept.scores.mean_iou:.1f} %"
-    assert f"before training, the model scores mIoU {percent} on the 5 held-out images" in said
+    assert f"the initial model scores mIoU {percent} on the 5 held-out images" in said
     assert "too few" not in said
     provenance = load_model(kept.out).provenance
     assert provenance["step"] == 0
@@ -299,7 +299,9 @@ def test_delivered_model_takes_a_quarter_of_the_weights_of_its_start_at_a_new_pl
     mixed = useg.train(data, tmp_path / "a", start=run, settings=settings, progress=progress)
     only_trained = {**settings, "model.start_share": 0.0}
     trained = useg.train(data, tmp_path / "b", start=run, settings=only_trained)
-    assert any(line.startswith("25 % of the weights come from the model before") for line in said)
+    assert any(
+        line.startswith("the final weights are 25 % those of the initial model") for line in said
+    )
     old, new, result = (load_model(path) for path in (run, trained.out, mixed.out))
     assert result.provenance["start"]["share"] == 0.25
     assert new.provenance["start"]["share"] == 0
@@ -378,7 +380,7 @@ def test_start_is_not_scored_where_no_image_is_held_out(
     progress.say = said.append  # type: ignore[method-assign]
     everything = replace(dataset, pairs=pairs)
     useg.train(everything, tmp_path / "a", start=run, settings=SHORT, progress=progress)
-    assert not [line for line in said if "before training" in line or "nan" in line]
+    assert not [line for line in said if "initial model scores" in line or "nan" in line]
 
 
 def test_held_out_images_that_an_ancestor_was_trained_on_are_counted(

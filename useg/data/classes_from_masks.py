@@ -162,8 +162,8 @@ def decide_classes(
     for named in listed:
         if counts_from_one(decision.table, named):
             note = (
-                f"'{named.file.relative_to(root)}' counts its classes from 1 and the masks count "
-                "from 0, so its names were not used; name the classes in a classes.toml"
+                f"'{named.file.relative_to(root)}' numbers its classes from 1, but the masks "
+                "number them from 0, so its names were not used; name the classes in a classes.toml"
             )
             return replace(decision, notes=(*decision.notes, note))
         table = name_classes(decision.table, named, palette)

@@ -220,10 +220,8 @@ def _settle_missing(found: DetectedLayout, folder: Path, missing: str) -> Detect
         note += " left out"
     elif found.unnamed:
         count = format_count(len(found.unnamed), "image")
-        note = (
-            f"useg leaves out {count} beside the annotated ones that have no annotation, such as "
-        )
-        note += f"'{found.unnamed[0].name}'; {MISSING_ADVICE}"
+        note = f"{count} without an annotation left out, such as '{found.unnamed[0].name}'; "
+        note += MISSING_ADVICE
         return replace(found, notes=(*found.notes, note))
     else:
         return found

@@ -271,7 +271,8 @@ def _undrawn_class(
     beside = images[int(has_class.argmax())].pair.image
     message = (
         f"{names[k]} is in {int(has_class.sum())} of {int((~lacks).sum())} images, such as "
-        f"'{data.name(beside)}', and in none of {len(files)}, such as '{data.name(files[0])}'"
+        f"'{data.name(beside)}', but in none of {len(files)} others, such as "
+        f"'{data.name(files[0])}'"
     )
     remedy = (
         f"view them: if {names[k]} was not drawn in them, draw it, or leave them out with the "
@@ -289,8 +290,8 @@ def _undrawn_class(
         "class not drawn everywhere",
         "warning",
         files,
-        f"{message}; but judging by brightness, colour and height, these images show as much of "
-        f"it, and their masks call it {names[instead]}",
+        f"{message}; judging by brightness, colour and height, these show just as much of it, but "
+        f"their masks call it {names[instead]}",
         remedy,
         evidence={"beside": beside},
     )

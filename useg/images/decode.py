@@ -105,7 +105,7 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
     if container.form in _OTHER_FORMS:
         stored = _OTHER_FORMS[container.form](content, page)
         if stored.pixels.shape[1::-1] != container.size:
-            raise ValueError(f"it declares the size {container.size}, but holds another")
+            raise ValueError(f"it declares the size {container.size}, but has another")
         return replace(stored, pixels=turn_upright(stored.pixels, turn))
     depth, kind = container.depth, container.color_type
     if container.form == "WEBP":
@@ -247,7 +247,7 @@ def _decode_webp(content: bytes, container: Container) -> NDArray[np.uint8]:
     decoded: NDArray[np.uint8] = imagecodecs.webp_decode(content)
     left, top, width, height = container.frame
     if decoded.shape[1::-1] != (width, height):
-        raise ValueError(f"it declares {width}x{height} pixels, but holds others")
+        raise ValueError(f"it declares {width}x{height} pixels, but has another size")
     if container.size == (width, height):
         return decoded
     canvas = np.zeros((*container.size[::-1], decoded.shape[2]), np.uint8)
@@ -278,7 +278,7 @@ def _opened(content: bytes, container: Container) -> Iterator[PIL.Image.Image]:
         raise PIL.UnidentifiedImageError(str(error)) from error
     with opened:
         if opened.size != container.size:
-            raise ValueError(f"it declares the sizes {container.size} and {opened.size}")
+            raise ValueError(f"it declares two sizes, {container.size} and {opened.size}")
         yield opened
 
 

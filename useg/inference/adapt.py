@@ -1,4 +1,4 @@
-"""A model and images without masks -> the model with some of these images' batch statistics.
+"""A model and unlabelled images -> the model with some of these images' batch statistics.
 
 Batch normalisation keeps the mean and the variance of every feature over the training images. In
 another light, season or laboratory they are others. Some of the new statistics, mixed into the old

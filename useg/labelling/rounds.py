@@ -201,7 +201,7 @@ class Rounds:
             return f"Training starts when you {what}."
         seen = set().union(*(folder.images[k].classes for k in trainable))
         missing = [name for k, name in enumerate(folder.table.names) if k not in seen]
-        return f"Training waits for a stroke of {', '.join(missing)}." if missing else ""
+        return f"Training starts when you paint {', '.join(missing)}, too." if missing else ""
 
     def priority(self, k: int) -> float:
         """Return how useful it is to label an image next; faulty masks have the highest priority.

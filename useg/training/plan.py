@@ -206,8 +206,8 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
         return plan
     if distributed.is_distributed():
         raise MachineError(
-            f"a device of this group of processes cannot be used: {fault or 'see the others'}; "
-            "leave it out, or train on the device cpu"
+            f"a device of this distributed run cannot be used: {fault or 'see above'}; leave it "
+            "out, or train on the device cpu"
         )
     sentence = f"{describe_device(device)} is not used, because {fault}; the CPU trains instead"
     return replace(_plan_on(CPU, settings, dataset), fault=sentence)
@@ -424,9 +424,9 @@ class _Planner:
             self.decide(
                 "data.scale",
                 1.0,
-                f"the position of a pixel explains only {100 * position_information:.0f} % of its "
-                "class, so images keep their resolution, unless all are colour images of one "
-                "oblong size",
+                "images keep their resolution, because they are neither whole scenes (the position "
+                f"of a pixel explains only {100 * position_information:.0f} % of its class) nor "
+                "colour photographs of one size",
             )
             return
         frame, pixels = self.frame, self.crop_pixels
@@ -436,8 +436,8 @@ class _Planner:
         label_iou = self.label_statistics.iou_after_reduction
         while size != frame and (iou := label_iou(size[0] / frame[0])) < min_iou:
             reason = (
-                f"{whole} not cut; labels with fine structures, reduced to the next smaller size, "
-                f"would reach an IoU of only {100 * iou:.0f} % with the original labels"
+                f"{whole} not reduced further: at half as many pixels, labels would lose fine "
+                f"structures (IoU with the original labels: {100 * iou:.0f} %)"
             )
             pixels *= 2
             size = _reduce(frame, pixels, self.network.stride)

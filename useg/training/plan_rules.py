@@ -317,11 +317,11 @@ def choose_images(dataset: Dataset, seconds: float) -> dict[str, tuple[int, str]
     return {
         "data.train_every": (
             _choose_every(num_train, read, TRAINING_TIME_SHARE, MIN_TRAINING_IMAGES),
-            _explain_every(f"read all {num_train:,} training images", num_train * read),
+            _explain_every(f"reading all {num_train:,} training images", num_train * read),
         ),
         "data.val_every": (
             _choose_every(num_val, scored, left, MIN_VALIDATION_IMAGES),
-            _explain_every(f"score all {num_val:,} validation images", num_val * scored),
+            _explain_every(f"scoring all {num_val:,} validation images", num_val * scored),
         ),
     }
 
@@ -334,8 +334,8 @@ def _choose_every(count: int, each: float, limit: float, fewest: int) -> int:
 
 def _explain_every(work: str, share: float) -> str:
     return (
-        f"to {work} would take about {100 * share:.0f} % of the time; give more minutes to use "
-        "more of them"
+        f"{work} would take about {100 * share:.0f} % of the time; set more minutes to use more "
+        "of them"
     )
 
 

@@ -448,7 +448,7 @@ def _score_start(session: TrainingSession, start: WarmStart) -> None:
     else:
         _, scores = session.validate_and_keep_best(0)
     session.progress.say(
-        f"before training, the model scores mIoU {100 * scores.mean_iou:.1f} % on the "
+        f"the initial model scores mIoU {100 * scores.mean_iou:.1f} % on the "
         f"{format_count(len(val), 'held-out image')}{note}"
     )
 
@@ -525,8 +525,8 @@ def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -
     trainer.start = replace(start, share=share)
     _save_best_model(trainer, session.out, session.dataset, kept.provenance["step"], mixed)
     session.progress.say(
-        f"{100 * share:.0f} % of the weights come from the model before training, so that the "
-        "new model knows more of the old place; model.start_share = 0 prevents this"
+        f"the final weights are {100 * share:.0f} % those of the initial model, so that it forgets "
+        "less of what it has learned before; model.start_share = 0 disables this"
     )
     return mixed
 

@@ -1,4 +1,4 @@
-"""Images without masks of the place where a model will work -> colours for training crops.
+"""Unlabelled images of the place where a model will work -> colours for training crops.
 
 useg reads the colours of the images before a run starts, and refuses images that cannot come from
 such a place. Later it scores the model on held-out images twice: with their own colours, and with
@@ -36,7 +36,7 @@ from useg.training.plan import Plan
 from useg.training.schedule import Schedule
 from useg.training.trainer import Trainer, validate
 
-# Images without masks: the most that are used, and the fewest that are enough.
+# Unlabelled images: the most that are used, and the fewest that are enough.
 MAX_UNLABELLED, MIN_UNLABELLED = 64, 4
 
 # Held-out images that are scored in both colours.
@@ -74,7 +74,7 @@ class ColourComparison:
     def __str__(self) -> str:
         return (
             f"held-out images score mIoU {100 * self.matched:.1f} % if they are recoloured like "
-            f"the images without masks, and {100 * self.own:.1f} % as they are"
+            f"the unlabelled images, and {100 * self.own:.1f} % as they are"
         )
 
 
@@ -104,8 +104,8 @@ def read_colours(
     """
     if not os.path.isdir(folder):
         raise DataError(
-            f"{os.fspath(folder)} is no folder; give a folder of images without masks, or leave "
-            "them out"
+            f"{os.fspath(folder)} is no folder; give a folder of unlabelled images, or leave them "
+            "out"
         )
     files = list_image_files(Path(folder))
     masks = set(find_masks(files, Path(folder)))
@@ -253,13 +253,13 @@ def prepare_unlabelled(trainer: Trainer, plan: Plan) -> Unlabelled | None:
         return None
     if not settings.train.augment:
         raise SettingsError(
-            "images without masks are only used to recolour crops, but train.augment = false "
-            "disables this; omit one of the two settings"
+            "unlabelled images are only used to recolour crops, but train.augment = false disables "
+            "this; omit one of the two settings"
         )
     if not trainer.val and from_step is None:
         raise DataError(
-            "images without masks need held-out images, to measure whether they help; hold some "
-            "images out (data.holdout), or omit the images without masks"
+            "useg needs held-out images to measure whether unlabelled images help; hold some "
+            "images out (data.holdout), or omit the unlabelled images"
         )
     colours = read_colours(folder, plan, trainer.batches.samples)
     trainer.batches = replace(trainer.batches, colours=colours)

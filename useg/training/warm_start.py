@@ -250,7 +250,7 @@ def _describe_classes(rows: tuple[int, ...], classes: ClassTable, old: ClassTabl
     new = _names_without(classes, rows)
     dropped = [name for k, name in enumerate(old.names) if k not in rows]
     unnamed = has_default_names(classes) and has_default_names(old)
-    by_id = "; no file names them, so equal ids count as equal classes" if unnamed else ""
+    by_id = "; they have no names, so they are matched by their ids" if unnamed else ""
     if not new and not dropped:
         return f"the model's classes are those of the data{by_id}"
     if len(new) == len(classes):
