@@ -14,9 +14,15 @@ from useg.objects.separation import find_levels, grow, measure_depth, separate
 from useg.scoring.metrics import regions
 
 
-def number(levels: NDArray[np.uint8], tile: int | None = None, *, by_class: bool = False):
+def number(
+    levels: NDArray[np.uint8],
+    tile: int | None = None,
+    *,
+    by_class: bool = False,
+    side: float = 0.0,
+):
     room = np.zeros((2, *levels.shape), np.uint32)
-    count = separate(levels, room, by_class=by_class, tile=tile)
+    count = separate(levels, room, by_class=by_class, side=side, tile=tile)
     return room[0], count
 
 
@@ -65,6 +71,17 @@ def test_parts_that_are_tiny_do_not_split_an_object() -> None:
     assert number(levels)[1] == 2
 
 
+@pytest.mark.parametrize(("side", "expected"), [(0, 2), (22, 2), (23, 1)])
+def test_parts_of_objects_below_a_fifth_of_the_typical_area_do_not_split(
+    side: float, expected: int
+) -> None:
+    levels = np.ones((40, 60), np.uint8)
+    # Deeper than 0.2 lies a part of 64 pixels. It belongs to an object of 64 / 0.8 ** 2 = 100.
+    levels[2:10, 48:56] = 6
+    levels[5:35, 5:35] = 6
+    assert number(levels, side=side)[1] == expected
+
+
 def test_a_tiny_region_of_its_own_is_an_object() -> None:
     levels = np.zeros((9, 9), np.uint8)
     levels[4, 4] = 1
@@ -85,10 +102,17 @@ def test_an_empty_image_has_no_object() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(3, 70), st.integers(3, 70), st.integers(4, 30))
-def test_tiles_give_what_one_pass_gives(seed: int, height: int, width: int, tile: int) -> None:
-    levels = made_levels(seed, (height, width))
-    whole, tiled = number(levels), number(levels, tile)
+@given(
+    st.integers(0, 10**6),
+    st.tuples(st.integers(3, 70), st.integers(3, 70)),
+    st.integers(4, 30),
+    st.sampled_from([0.0, 12.0, 25.0]),
+)
+def test_tiles_give_what_one_pass_gives(
+    seed: int, shape: tuple[int, int], tile: int, side: float
+) -> None:
+    levels = made_levels(seed, shape)
+    whole, tiled = number(levels, side=side), number(levels, tile, side=side)
     assert whole[1] == tiled[1]
     np.testing.assert_array_equal(whole[0], tiled[0])
 
@@ -149,14 +173,18 @@ def test_without_depth_objects_are_the_connected_regions_of_a_class(seed: int, t
         assert count == len(np.unique(expected)) - 1
 
 
-def number_by_hand(inside: NDArray[np.bool_], depth: NDArray[np.float32]) -> NDArray[np.int64]:
+def number_by_hand(
+    inside: NDArray[np.bool_], depth: NDArray[np.float32], side: float
+) -> NDArray[np.int64]:
     """The few lines of docs/objects.md, without tables and tiles."""
-    seeds = ndimage.label(inside)[0].astype(np.int64)
+    deep, seeds = inside, ndimage.label(inside)[0].astype(np.int64)
     for cut in separation.DEPTHS:
-        parts, count = ndimage.label(inside & (depth > np.log(cut / (1 - cut))))
+        parts, count = ndimage.label(deep & (depth > np.log(cut / (1 - cut))))
         owner = np.zeros(count + 1, int)
         owner[parts] = seeds
-        owner[np.bincount(parts.ravel(), minlength=count + 1) < 6] = owner[0] = 0
+        least = max(6, 0.2 * (side * (1 - cut)) ** 2)
+        owner[np.bincount(parts.ravel(), minlength=count + 1) < least] = owner[0] = 0
+        deep = owner[parts] > 0
         is_split = np.bincount(owner, minlength=seeds.max() + 1) > 1
         is_split[0] = False
         fresh = np.where(is_split[owner], seeds.max() + np.arange(count + 1), 0)
@@ -170,14 +198,14 @@ def number_by_hand(inside: NDArray[np.bool_], depth: NDArray[np.float32]) -> NDA
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6))
-def test_the_few_lines_of_the_documentation_give_the_same_objects(seed: int) -> None:
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 12.0, 25.0]))
+def test_the_few_lines_of_the_documentation_give_the_same_objects(seed: int, side: float) -> None:
     rng = np.random.default_rng(seed)
     smooth = ndimage.gaussian_filter(rng.random((40, 50)), 2.0)
     smooth = (smooth - smooth.min()) / np.ptp(smooth)
     inside, depth = smooth > 0.4, (12 * (smooth - 0.6)).astype(np.float32)
-    found, count = number(find_levels(inside.astype(np.uint8), depth, [1]))
-    expected = number_by_hand(inside, depth)
+    found, count = number(find_levels(inside.astype(np.uint8), depth, [1]), side=side)
+    expected = number_by_hand(inside, depth, side)
     pairs = set(zip(found.ravel().tolist(), expected.ravel().tolist(), strict=True))
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
     assert count == len(np.unique(expected[expected > 0]))

@@ -139,6 +139,7 @@ class LargeImageObjects:
                 numbers,
                 by_class=not self._predictor.has_objects,
                 min_pixels=self._predictor.min_pixels_at(self._scale),
+                side=self._predictor.object_side / self._scale,
                 tile=WORKING_TILE_SIDE,
             )
         return self._count

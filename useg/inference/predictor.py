@@ -551,7 +551,8 @@ def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) ->
             logits = class_logits(predictor.runtime, predictor.views[0])
         else:
             logits = take_log(predictor.mean_probabilities(class_logits))
-        return PixelOutputs(logits, np.mean(depths, 0), predictor.min_pixels_at(scale))
+        side = predictor.object_side / scale
+        return PixelOutputs(logits, np.mean(depths, 0), predictor.min_pixels_at(scale), side)
 
     outputs = compute(1.0)
     if not predictor.object_side:

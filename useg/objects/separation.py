@@ -7,9 +7,9 @@ flipped and zoomed like a label.
 
 To separate objects, the depths are cut at ``DEPTHS``. At the lowest cut, touching objects form one
 region; at a higher cut they separate, because the depth has a valley between them. A region that
-falls into several parts of at least ``MIN_PART_PIXELS`` pixels is split: its parts are the seeds of
-objects. Every other region is one object. Then all seeds grow simultaneously, one pixel at a time,
-until they fill their regions.
+falls into several parts is split: its parts are the seeds of objects. Small parts do not count
+(:func:`_min_part_pixels`). Every other region is one object. Then all seeds grow simultaneously,
+one pixel at a time, until they fill their regions.
 
 Regions are connected across tile borders, and a pixel gets the number of a direct neighbour by a
 fixed rule, so the result does not depend on the tiles. Arrays may be memory-mapped files: only a
@@ -31,8 +31,9 @@ from useg.classes import Label
 # Where depths are cut, as shares of the largest.
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
-# A smaller part of a region does not become a separate object.
-MIN_PART_PIXELS = 6
+# A part of a region does not become a separate object if it has fewer pixels, or if it belongs to
+# an object of less than this share of the area of a typical one.
+MIN_PART_PIXELS, MIN_PART_SHARE = 6, 0.2
 
 # Maximum growth of seeds. Pixels that they do not reach become separate objects.
 MAX_GROWTH_PIXELS = 128
@@ -204,6 +205,7 @@ def separate(
     *,
     by_class: bool = False,
     min_pixels: int = 0,
+    side: float = 0.0,
     tile: int | None = None,
 ) -> int:
     """Number the objects in the order of their first pixels, row by row.
@@ -214,6 +216,7 @@ def separate(
             the second is working memory.
         by_class: Whether the levels are classes: each connected region of one class is an object.
         min_pixels: An object with fewer pixels gets no number.
+        side: The side of a typical object (:func:`typical_side`); 0 if it is unknown.
         tile: Side of the tiles in pixels; None works on the whole at once.
 
     Returns:
@@ -222,7 +225,7 @@ def separate(
     tiles = list(split_tiles(levels.shape, tile))
     highest = 1 if by_class else max(int(levels[place].max(initial=1)) for place in tiles)
     regions = _connect(lambda place: levels[place], tiles, highest, by_class=by_class)
-    seeds = _choose_seeds(regions)
+    seeds = _choose_seeds(regions, side)
     for k, place in enumerate(tiles):
         found = np.zeros(levels[place].shape, np.uint32)
         for cut, (region, seed) in enumerate(zip(regions, seeds, strict=True), 1):
@@ -354,14 +357,22 @@ def _connect(
     return regions
 
 
-def _choose_seeds(regions: Sequence[_Regions]) -> list[NDArray[np.uint32]]:
+def _min_part_pixels(cut: float, side: float) -> float:
+    """Return the pixels that a part needs at a cut, to become a separate object.
+
+    The pixels of a disc that are deeper than the cut have ``(1 - cut) ** 2`` of its area.
+    """
+    return max(MIN_PART_PIXELS, MIN_PART_SHARE * (side * (1 - cut)) ** 2)
+
+
+def _choose_seeds(regions: Sequence[_Regions], side: float) -> list[NDArray[np.uint32]]:
     """Return the number of the seed that each region is, at each cut; 0 if it is none."""
     chain = np.arange(len(regions[0].areas), dtype=np.int64)
     seeds, count = [chain.copy()], len(chain)
     split: list[NDArray[np.int64]] = []
-    for region in regions[1:]:
+    for cut, region in zip(DEPTHS, regions[1:], strict=False):
         own = chain[region.parents]
-        own[region.areas < MIN_PART_PIXELS] = 0
+        own[region.areas < _min_part_pixels(cut, side)] = 0
         own[0] = 0
         parts = np.bincount(region.parents[own > 0], minlength=len(chain))
         is_part = (own > 0) & (parts[region.parents] > 1)

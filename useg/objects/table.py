@@ -153,12 +153,14 @@ class PixelOutputs:
         depth: Those of the depth (:mod:`useg.objects.separation`), ``(H, W)``; None if the model
             computes none.
         min_pixels: Smaller objects are dropped.
+        side: Side of a typical object in pixels; 0 if it is unknown.
         regions: The objects, if they had to be numbered to compute the depth.
     """
 
     logits: NDArray[np.float32]
     depth: NDArray[np.float32] | None = None
     min_pixels: int = 0
+    side: float = 0.0
     regions: Regions | None = None
 
 
@@ -183,23 +185,19 @@ def find_objects(
         or tuple(regions.object_classes) != tuple(object_classes)
         or not np.array_equal(regions.label, label)
     ):
-        regions = number_regions(label, outputs.depth, object_classes, outputs.min_pixels)
+        regions = number_regions(label, outputs, object_classes)
     meter = ObjectMeter(regions.count, len(logits), label.shape)
     whole = slice(0, label.shape[0]), slice(0, label.shape[1])
     meter.add(regions.numbers, label, confidence(logits, temperature), whole)
     return FoundObjects(regions.numbers, meter.measure(), outputs.depth is not None)
 
 
-def number_regions(
-    label: Label,
-    depth: NDArray[np.float32] | None,
-    object_classes: Sequence[int],
-    min_pixels: int = 0,
-) -> Regions:
+def number_regions(label: Label, outputs: PixelOutputs, object_classes: Sequence[int]) -> Regions:
     """Number the objects of a label map in memory, as :func:`find_objects` does."""
     numbers = [np.zeros(label.shape, np.uint32) for _ in range(2)]
-    levels = find_levels(label, depth, object_classes)
-    count = separate(levels, numbers, by_class=depth is None, min_pixels=min_pixels)
+    levels, by_class = find_levels(label, outputs.depth, object_classes), outputs.depth is None
+    least, side = outputs.min_pixels, outputs.side
+    count = separate(levels, numbers, by_class=by_class, min_pixels=least, side=side)
     return Regions(label, object_classes, numbers[0], count)
 
 
@@ -224,7 +222,7 @@ def refine_outputs(
     def measure() -> float:
         nonlocal outputs
         label = most_probable(outputs.logits)
-        regions = number_regions(label, outputs.depth, object_classes, outputs.min_pixels)
+        regions = number_regions(label, outputs, object_classes)
         outputs = replace(outputs, regions=regions)
         return choose_scale(np.bincount(regions.numbers.ravel())[1:], trained_side)
 
