@@ -115,6 +115,13 @@ def test_nifti_volumes_become_stacks_of_slices(
     check(tmp_path / "OUT", labels)
 
 
+def test_a_format_of_slides_is_said_before_that_of_their_outlines(tmp_path: Path) -> None:
+    for name in ("a.geojson", "a.svs", "b.geojson"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=r"does not read \.svs files: convert them to TIFF"):
+        find_dataset(tmp_path)
+
+
 def test_masks_of_single_objects_become_one_mask_for_each_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

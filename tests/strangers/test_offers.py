@@ -106,6 +106,19 @@ def test_offered_lines_of_a_dataset_toml_work(tmp_path: Path, name: str) -> None
         assert not further or questions, offer
 
 
+@pytest.mark.parametrize("name", ["fly_{n}_{k}", "{n}/{k}", "sample{k}_{n}"])
+def test_numbers_that_tell_images_from_masks_are_offered(tmp_path: Path, name: str) -> None:
+    """AirSim: 0 is the scene, and 5 the segmentation."""
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / f"{name.format(n=0, k=k + 10)}.png", image)
+        save(tmp_path / f"{name.format(n=5, k=k + 10)}.png", label)
+    said, offers = ask(tmp_path)
+    assert "one number: those with 0 look like images, and those with 5 like masks" in said
+    (tmp_path / "dataset.toml").write_text(offers[0])
+    assert ask(tmp_path) == ("", [])
+
+
 def test_a_glob_names_the_folders_below_those_of_unequal_depth() -> None:
     files = [Path("d/train/gt/c1/a.png"), Path("d/test/easy/gt/c2/b.png")]
     assert common_glob(files, Path("d")) == "**/gt/c*/*.png"

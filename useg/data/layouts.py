@@ -59,7 +59,7 @@ from useg.data.pairing import find_pairs, match_lists
 from useg.data.published_classes import PUBLISHED_TABLES, distinguish_carla, recognize_published
 from useg.data.scribbles import describe_scribbles
 from useg.data.split_files import read_split_csv
-from useg.data.unrecognized import describe_unrecognized
+from useg.data.unrecognized import ask_about_numbers, describe_unrecognized
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.files import cached_walks, list_files, natural_key, walk_folders
 from useg.images.formats import ALL_PAGES, STACK_SUFFIXES
@@ -72,8 +72,8 @@ _MAX_ANNOTATION_FILES = 8
 _END_BYTES = 4096
 _ANNOTATED = re.compile(rb'"(annotations|shapes|regions)"\s*:\s*[\[{]\s*[\[{"]|<(image|polygon) ')
 
-# The first recognizer that finds pairs wins.
-_RECOGNIZERS = (find_pairs, find_table_pairs, find_annotated)
+# The first recognizer that finds pairs, or asks, wins.
+_RECOGNIZERS = (find_pairs, find_table_pairs, find_annotated, ask_about_numbers)
 
 
 _TIFF_SUFFIXES = (".tif", ".tiff")

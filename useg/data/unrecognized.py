@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zipfile
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from useg.data.file_names import split_name
+from useg.data.ground_truth import Candidate, OpenChoiceError, is_photograph
 from useg.data.pairing import find_photograph_sets, role_of_array
 from useg.errors import UsageError, format_count, join_names
 from useg.files import list_files, list_subfolders
@@ -34,6 +36,9 @@ _CONTAINER_SUFFIXES = (*_NIFTI_SUFFIXES, ".h5", ".hdf5", ".mat")
 # MATLAB's files of version 7.3 are HDF5, and begin so.
 _MATLAB_HDF5 = b"MATLAB 7.3"
 _OTHER_SUFFIXES = (*(".json", ".xml", ".txt", ".csv"), *_ADVICE)
+
+# So many numbers at one place of all names may stand for images, masks and others.
+_MAX_NUMBERS = 8
 
 # The end of a ZIP file is in its last bytes; the list of its files has at most this many bytes.
 _ZIP_END_BYTES, _MAX_ZIP_LIST_BYTES = 66_000, 1 << 20
@@ -237,6 +242,58 @@ def _advise_halves(folder: Path, images: Sequence[Path], half: int) -> str:
     )
 
 
+def ask_about_numbers(folder: Path) -> None:
+    """Ask if one number in the names tells images from masks, such as a_1 and a_2.
+
+    Every image has a file with each of a few numbers at one place of its name. By the pixels, some
+    of these numbers are images, and others masks.
+
+    Raises:
+        OpenChoiceError: It is so.
+    """
+    rows: dict[tuple[str, ...], Path] = {}
+    for path in list_image_files(folder):
+        rows[tuple(split_name(path.relative_to(folder).with_suffix("").as_posix()))] = path
+    for place in range(min(map(len, rows), default=0)):
+        sets: dict[str, dict[tuple[str, ...], Path]] = defaultdict(dict)
+        for row, path in rows.items():
+            sets[row[place]][row[:place] + row[place + 1 :]] = path
+        names = [*sets.values()]
+        if (
+            2 <= len(sets) <= _MAX_NUMBERS
+            and all(map(str.isdecimal, sets))
+            and len(names[0]) >= _NUM_TRIED
+            and all(each.keys() == names[0].keys() for each in names)
+        ):
+            kinds = {}
+            for number, files in sets.items():
+                kinds[number] = {is_photograph(path) for path in [*files.values()][:_NUM_TRIED]}
+            _ask(sets, kinds)
+
+
+def _ask(
+    sets: Mapping[str, Mapping[tuple[str, ...], Path]], kinds: Mapping[str, set[bool | None]]
+) -> None:
+    """Ask which numbers are the images and the masks, if the pixels show some of both."""
+    images, masks = (
+        [number for number, kind in kinds.items() if kind == {is_image}]
+        for is_image in (True, False)
+    )
+    if not images or not masks:
+        return
+    candidates = [
+        Candidate(mask, {sets[image][name]: path for name, path in sets[mask].items()})
+        for image in images
+        for mask in masks
+    ]
+    raise OpenChoiceError(
+        f"the names of the files differ by one number: those with {join_names(images)} look like "
+        f"images, and those with {join_names(masks)} like masks",
+        candidates,
+        candidates,
+    )
+
+
 def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str:
     """Say what to do with a folder in which no pairs were found.
 
@@ -245,7 +302,8 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
         others: Its files that are not images.
         suffixes: How many files of each suffix are among them.
     """
-    for suffix, _ in suffixes.most_common():
+    # Files of outlines help only with images that useg reads.
+    for suffix, _ in sorted(suffixes.most_common(), key=lambda each: each[0] == ".geojson"):
         if suffix == ".npz":
             return _advise_arrays(folder, [path for path in others if path.suffix == suffix])
         if suffix in _CONTAINER_SUFFIXES:
