@@ -514,6 +514,12 @@ def test_folders_called_like_splits_count_at_any_level(
     assert splits_of(find_dataset(tmp_path)) == {"train": 6, "val": 1, "test": 1}
 
 
+def test_splits_in_other_languages_are_official(tmp_path: Path) -> None:
+    for k, split in enumerate(("Entraînement", "treino", "validação", "test")):
+        write_pair(tmp_path, k, f"{split}/photos/{{k}}.png", f"{split}/masques/{{k}}.png")
+    assert splits_of(find_dataset(tmp_path)) == {"train": 2, "val": 1, "test": 1}
+
+
 def test_splits_without_masks_are_for_predicting(tmp_path: Path) -> None:
     for k in range(9):
         if k < 5:
@@ -786,6 +792,7 @@ def test_tables_of_flags_hold_images_out(tmp_path: Path) -> None:
         ("splits.yml", "f0: {train: [a0], val: [a1]}\nf1: {train: [a1], val: [a0]}", "folds"),
         ("train_fold0.txt", "a0\na1\na2\n", "folds"),
         ("split.xlsx", "PK", "does not read"),
+        ("train.xlsx", "PK", "does not read"),
         ("train_test_split.txt", "1 1\n2 0\n", "too few of their lines"),
     ],
 )

@@ -38,19 +38,14 @@ Picked = TypeVar("Picked")
 
 # Folders of these names are official splits.
 SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "trainval": "train",
-    "train_val": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "validierung": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
+    **dict.fromkeys(("train", "training", "trainval", "train_val"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    # German, French, Spanish, Portuguese and Italian.
+    **dict.fromkeys(("entrainement", "entraînement", "entrenamiento", "addestramento"), "train"),
+    **dict.fromkeys(("treinamento", "treino"), "train"),
+    **dict.fromkeys(("validierung", "validación", "validacion", "validazione"), "val"),
+    **dict.fromkeys(("validação", "validacao"), "val"),
 }
 
 # With this many shapes in an image, on average, the shapes of a class are objects.

@@ -35,7 +35,8 @@ _MAX_NAME_LENGTH = 10_000
 _MAX_NAMED = 3
 _MAX_FILES_OF_A_SUFFIX = 20
 _FOLD_NAME = re.compile(r"(?<![a-z])k?folds?(?![a-z])|(cv|split|partition)[_ -]?[0-9]")
-_UNREAD_SUFFIXES = (".pkl", ".pickle", ".npz", ".mat", ".xlsx", ".xls", ".ods", ".pt", ".parquet")
+_SPREADSHEETS = (".xlsx", ".xls", ".ods")
+_UNREAD_SUFFIXES = (".pkl", ".pickle", ".npz", ".mat", ".pt", ".parquet", *_SPREADSHEETS)
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".lst", ".json", ".yaml", ".yml", *_UNREAD_SUFFIXES)
 _HOW_TO_CHOOSE = "to use them, write a split.csv with the columns image,split"
 # A list counts if it names at least this share of files that are there.
@@ -306,7 +307,8 @@ def _why_unused(path: Path, with_folds: Sequence[Path], root: Path, *, are_used:
     if path in with_folds or (is_fold and (has_word or is_list)):
         return "folds"
     if path.suffix.lower() in _UNREAD_SUFFIXES:
-        return "unread" if has_word else ""
+        is_table = path.suffix.lower() in _SPREADSHEETS and bool(split_of_list(path.stem))
+        return "unread" if has_word or is_table else ""
     return "unknown" if not are_used and (has_word or is_list) else ""
 
 
