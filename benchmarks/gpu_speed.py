@@ -70,7 +70,7 @@ TRAINING_PHASES = (
     "count_steps",
     "_loop",
     "validate",
-    "predict_ending",
+    "update_report_seconds",
     "make_optimizer",
     "calibrate",
     "gpu_function",

@@ -41,7 +41,7 @@ from useg.training.trainer import SilentProgress, Trainer
 NUM_VALIDATIONS = 6
 
 
-def fixed_length(trainer: Trainer, began: float, *, has_ending: bool = False) -> RunLength:
+def fixed_length(trainer: Trainer, began: float, *, has_report: bool = False) -> RunLength:
     """Return the length of a run that its minutes give on the reference machine."""
     assert trainer.settings.train.minutes
     steps = count_steps(trainer.settings, trainer.settings.train.minutes)

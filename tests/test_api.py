@@ -92,7 +92,7 @@ def test_a_short_run_on_many_images_uses_and_checks_some(
     assert run.settings.data.val_every == 2
     for sentence in (
         "6 of 24 images were checked",
-        "data.train_every = 3: to read all",
+        "data.train_every = 3: reading all",
         "data.val",
     ):
         assert sum(sentence in text for text in said) == 1, said

@@ -315,9 +315,14 @@ def _train_and_report(
         with distributed.process_group():
             if not resume:
                 dataset, settings = _leave_out_images(dataset, settings, progress)
-            ending = partial(_predict_report_seconds, dataset)
             run = fit(
-                dataset, out, settings, progress, resume=resume, began=began, measure_ending=ending
+                dataset,
+                out,
+                settings,
+                progress,
+                resume=resume,
+                began=began,
+                predict_report_seconds=partial(_predict_report_seconds, dataset),
             )
         if not run.interrupted and distributed.is_main_process():
             if dataset.of("val"):

@@ -146,7 +146,7 @@ def test_timed_run_on_a_slowing_machine_ends_on_time_and_repeats_exactly(
             tmp_path / "a",
             quick_settings(train__epochs=None, train__minutes=0.2, train__coarse=coarse),
             Teller(),
-            measure_ending=lambda model: 1.0,
+            predict_report_seconds=lambda model: 1.0,
         )
     # A second is left for what follows.
     assert 10.4 < next(clock) < 11.5
@@ -226,7 +226,7 @@ def test_late_first_validation_is_preceded_by_an_estimate_that_changes_nothing(
     budget = schedule.TimeBudget(time.perf_counter() + 1000, 1000, 0.1, 0.1, 2)
     budget.next_recount = 1000
     length = schedule.RunLength(20, 1, budget)
-    monkeypatch.setattr(loop, "count_steps", lambda trainer, began, has_ending: length)
+    monkeypatch.setattr(loop, "count_steps", lambda trainer, began, has_report: length)
     settings = quick_settings(train__epochs=None, train__minutes=17, train__coarse=0.6)
     said: list[str] = []
     progress = trainer.SilentProgress()

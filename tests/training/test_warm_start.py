@@ -360,13 +360,13 @@ def test_time_is_reserved_for_mixing_only_where_weights_are_mixed(
         trainer=SimpleNamespace(
             settings=Settings(), start=start, model=model, val=[1], set_training_mode=model.train
         ),
-        measure_ending=lambda model: 2.0,
+        predict_report_seconds=lambda model: 2.0,
         unlabelled=None,
         budget=SimpleNamespace(
-            validation_seconds=5.0, ending_measured=reserved.append, skip=lambda: None
+            validation_seconds=5.0, report_measured=reserved.append, restart_clock=lambda: None
         ),
     )
-    session.TrainingSession.predict_ending(ending)
+    session.TrainingSession.update_report_seconds(ending)
     assert reserved == [seconds]
 
 

@@ -219,14 +219,11 @@ def write_samples(
         native_size = (0, 0) if sample.native is None else sample.native.shape
         table.sizes[k] = (*sample.label.shape, *native_size)
         table.checks[k], table.counts[k], table.moments[k] = zlib.crc32(content), counts, moments
-        table.counted[k] = sample.label.size - _count_missing(sample)
+        missing = 0 if sample.missing is None else sample.missing.sum()
+        table.counted[k] = sample.label.size - missing
         progress(k + 1)
     file.flush()
     return table
-
-
-def _count_missing(sample: CachedSample) -> int:
-    return 0 if sample.missing is None else int(sample.missing.sum())
 
 
 def _moments(sample: CachedSample) -> NDArray[np.float64]:

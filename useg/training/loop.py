@@ -81,7 +81,7 @@ def fit(
     *,
     resume: bool = False,
     began: float | None = None,
-    measure_ending: Callable[[Segmenter], float] | None = None,
+    predict_report_seconds: Callable[[Segmenter], float] | None = None,
 ) -> Run:
     """Train a U-Net and write the run into a folder.
 
@@ -92,7 +92,7 @@ def fit(
         progress: Receives what happens.
         resume: Continue the run in ``out``, whose ``run.toml`` holds the settings.
         began: When the time began to count (``time.perf_counter``); by default now.
-        measure_ending: Returns how many seconds of the run the caller needs after training.
+        predict_report_seconds: Returns how long the report will take, within the time of the run.
 
     Raises:
         UsageError: The data or settings cannot be used, or the folder cannot be written or
@@ -121,13 +121,13 @@ def fit(
     budget = None
     if not resume:
         trainer.settings = trainer.settings.with_({"train.thread_changes": threads.changes})
-        budget = _start_run(trainer, began, progress, has_ending=measure_ending is not None)
+        budget = _start_run(trainer, began, progress, has_report=predict_report_seconds is not None)
         if distributed.process_rank() == 0:
             # The splits come last: a run that has none is started again.
             write_run_toml(trainer.settings)
             write_split_csv(out / "split.csv", dataset)
     session = begin_session(trainer, dataset, out, progress, budget, threads, write_run_toml)
-    session.measure_ending, session.unlabelled = measure_ending, unlabelled
+    session.predict_report_seconds, session.unlabelled = predict_report_seconds, unlabelled
     try:
         interrupted = _loop(session)
     except KeyboardInterrupt:
@@ -191,10 +191,10 @@ def _describe_origin(dataset: Dataset, plan: Plan, start: WarmStart | None) -> d
 
 
 def _start_run(
-    trainer: Trainer, began: float, progress: Progress, *, has_ending: bool
+    trainer: Trainer, began: float, progress: Progress, *, has_report: bool
 ) -> TimeBudget | None:
     """Set the number of steps of a new run; return its time, if it has a limit."""
-    length = count_steps(trainer, began, has_ending=has_ending)
+    length = count_steps(trainer, began, has_report=has_report)
     trainer.settings = trainer.settings.with_(
         {"train.steps": length.steps, "train.validate_every": length.validate_every}
     )

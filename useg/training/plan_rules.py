@@ -147,21 +147,19 @@ class LabelStatistics:
     def position_information(self) -> float:
         """Return how much the position of a pixel tells about its class, 0 to 1.
 
-        It is the mutual information of position and class as a share of the classes' entropy, less
-        the part that is due to chance; 0 for a single image. It is high if each image shows a whole
-        scene or object in its usual orientation, and near 0 if images are cut out of something
-        larger, such as tissue or land.
+        It is the uncertainty coefficient less the part that is due to chance; 0 for a single image.
+        It is high if each image shows a whole scene or object in its usual orientation, and near 0
+        if images are cut out of something larger, such as tissue or land.
         """
         num_images = len(self.labels)
         if num_images < 2:
             return 0.0
         random = np.random.default_rng(0)
-        by_chance = np.mean(
-            [_information(_shift_each(self.grids, random)) for _ in range(NUM_SHIFTS)]
-        )
+        shifted = (_shift_each(self.grids, random) for _ in range(NUM_SHIFTS))
+        by_chance = float(np.mean([_uncertainty_coefficient(grids) for grids in shifted]))
         # The chance level includes the information that an image has about itself.
-        unbiased = (_information(self.grids) - by_chance) * num_images / (num_images - 1)
-        return max(0.0, float(unbiased))
+        unbiased = _uncertainty_coefficient(self.grids) - by_chance
+        return max(0.0, unbiased * num_images / (num_images - 1))
 
     def vertical_information(self) -> float:
         """Return how much the vertical position of a pixel tells about its class, 0 to 1.
@@ -169,7 +167,7 @@ class LabelStatistics:
         It is what :meth:`position_information` loses if each image is added upside down.
         """
         both = np.concatenate([self.grids, self.grids[:, ::-1]])
-        return max(0.0, float(_information(self.grids) - _information(both)))
+        return max(0.0, _uncertainty_coefficient(self.grids) - _uncertainty_coefficient(both))
 
 
 def measure_labels(dataset: Dataset) -> LabelStatistics:
@@ -183,7 +181,7 @@ def measure_labels(dataset: Dataset) -> LabelStatistics:
     return LabelStatistics(labels, dataset.classes.names)
 
 
-def _information(grids: Sequence[NDArray[np.float64]] | NDArray[np.float64]) -> float:
+def _uncertainty_coefficient(grids: Sequence[NDArray[np.float64]] | NDArray[np.float64]) -> float:
     """Return the mutual information of position and class as a share of the classes' entropy."""
     shares = np.mean(grids, axis=0)
     counted = shares.sum(2)

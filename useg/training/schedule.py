@@ -43,7 +43,7 @@ MIN_SPEED_STEPS = 4
 # computer slept. It counts as a typical one.
 MAX_STEP_RATIO = 5.0
 
-# A validation, or the work after the last one, is never expected to take more than this share of
+# A validation, or the report, is never expected to take more than this share of
 # the time: a longer measurement was interrupted.
 MAX_REST_SHARE = 0.1
 
@@ -64,9 +64,8 @@ RESERVED_SECONDS = 3.0
 # measurement may have been disturbed.
 MIN_FIRST_STEPS = MIN_SPEED_STEPS + 1
 
-# The work after the last validation is assumed to take as long as this many validations, until it
-# has been measured.
-ENDING_VALIDATIONS = 5
+# The report is assumed to take as long as this many validations, until it has been measured.
+REPORT_VALIDATIONS = 5
 
 
 @dataclass
@@ -136,7 +135,7 @@ class TimeBudget:
     """Keeps a run within its time, even if the machine becomes slower or faster.
 
     The unit of all work is a training step at full size: a slower machine slows down validations
-    and the work after the last step as much as the steps.
+    and the report as much as the steps.
 
     Args:
         end: When everything has to be finished (``time.perf_counter``).
@@ -144,7 +143,7 @@ class TimeBudget:
         step_seconds: How long a step at full size took when it was first measured.
         validation_seconds: How long a validation took then.
         validation_interval: Steps from one validation to the next.
-        ending_seconds: How long the work after the last validation would have taken then.
+        report_seconds: How long the report, and what else follows training, would have taken then.
         coarse_cost: Time of a step at half the size, as a share of one at full size.
     """
 
@@ -153,7 +152,7 @@ class TimeBudget:
     step_seconds: float
     validation_seconds: float
     validation_interval: float
-    ending_seconds: float = 0.0
+    report_seconds: float = 0.0
     coarse_cost: float = COARSE_STEP_COST
 
     def __post_init__(self) -> None:
@@ -162,7 +161,7 @@ class TimeBudget:
         self._latest: deque[tuple[float, float]] = deque()
         self._latest_seconds = 0.0
         self._validation_costs = [self.validation_seconds / self.step_seconds]
-        self._ending_cost = self.ending_seconds / self.step_seconds
+        self._report_cost = self.report_seconds / self.step_seconds
         self.next_recount = 1
 
     def step_done(self, *, is_coarse: bool) -> None:
@@ -181,13 +180,13 @@ class TimeBudget:
 
     def validated(self) -> None:
         """Measure the validation that has just ended."""
-        self._validation_costs.append(self._lap() / self.pace())
+        self._validation_costs.append(self._lap() / self.seconds_per_step())
 
-    def ending_measured(self, seconds: float) -> None:
-        """Take in how long the work after the last validation would take now."""
-        self._ending_cost = seconds / self.pace()
+    def report_measured(self, seconds: float) -> None:
+        """Take in how long the report would take now."""
+        self._report_cost = seconds / self.seconds_per_step()
 
-    def skip(self) -> None:
+    def restart_clock(self) -> None:
         """Leave out the time since the last step: its cause will not happen again."""
         self._since = time.perf_counter()
 
@@ -195,7 +194,7 @@ class TimeBudget:
         before, self._since = self._since, time.perf_counter()
         return self._since - before
 
-    def pace(self) -> float:
+    def seconds_per_step(self) -> float:
         """Return how long a step at full size takes at present, in seconds."""
         if len(self._latest) < MIN_SPEED_STEPS:
             return self.step_seconds
@@ -217,7 +216,7 @@ class TimeBudget:
             step: Number of steps done.
             coarse_share: Share of the remaining steps that train at half the size.
         """
-        pace, interval = self.pace(), self.validation_interval
+        step_seconds, interval = self.seconds_per_step(), self.validation_interval
         # A single validation that was interrupted does not count.
         validation = median(self._validation_costs[-3:])
 
@@ -226,12 +225,12 @@ class TimeBudget:
             last = step + count - 1
             validations = 1 + max(0, last // interval - (step + coarse) // interval)
             steps = self.coarse_cost * coarse + count - coarse
-            rest = min(pace * validation, most_seconds) * validations
-            return pace * steps + rest + min(pace * self._ending_cost, most_seconds)
+            rest = min(step_seconds * validation, most_seconds) * validations
+            return step_seconds * steps + rest + min(step_seconds * self._report_cost, most_seconds)
 
         most_seconds = MAX_REST_SHARE * self.seconds
         left = self.seconds_left()
-        most = int(left / pace / min(1.0, self.coarse_cost)) + 1
+        most = int(left / step_seconds / min(1.0, self.coarse_cost)) + 1
         return bisect_right(range(1, most + 1), left, key=seconds)
 
     def is_recount_due(self, step: int, schedule: Schedule) -> bool:
@@ -253,12 +252,12 @@ class TimeBudget:
     def _count(self, step: int, schedule: Schedule) -> tuple[int, int]:
         """Return how many steps remain, and after how many to count again."""
         share, planned = schedule.coarse_share(step), schedule.planned_steps
-        pace = self.pace() * (1 - share + share * self.coarse_cost)
+        step_seconds = self.seconds_per_step() * (1 - share + share * self.coarse_cost)
         rest = COOL_DOWN_SHARE * (1 - schedule.position(step) / planned)
-        cool_down = max(1, math.ceil(rest * self.seconds / pace))
+        cool_down = max(1, math.ceil(rest * self.seconds / step_seconds))
         remaining = max(self.fitting_steps(step, share), cool_down)
         interval = min(
-            RECOUNT_TIME_SHARE * self.seconds / pace, RECOUNT_REMAINING_SHARE * remaining
+            RECOUNT_TIME_SHARE * self.seconds / step_seconds, RECOUNT_REMAINING_SHARE * remaining
         )
         return remaining, max(1, int(interval))
 
@@ -316,7 +315,7 @@ class RunLength:
     budget: TimeBudget | None = None
 
 
-def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> RunLength:
+def count_steps(trainer: Trainer, began: float, *, has_report: bool = False) -> RunLength:
     """Decide how many steps a run has, and how often it validates.
 
     If neither steps nor epochs are set, a few steps and validations of a copy of the model are
@@ -326,7 +325,7 @@ def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> 
     Args:
         trainer: What is to be trained; only its ``num_parts`` may change.
         began: When the time began to count.
-        has_ending: Whether something follows training within the time.
+        has_report: Whether a report follows training within the time.
     """
     settings, per_epoch = trainer.settings.train, trainer.batches.per_epoch
     if settings.steps is not None:
@@ -365,7 +364,7 @@ def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> 
         step_seconds=step_seconds,
         validation_seconds=validation,
         validation_interval=per_epoch * every,
-        ending_seconds=ENDING_VALIDATIONS * validation if has_ending else 0.0,
+        report_seconds=REPORT_VALIDATIONS * validation if has_report else 0.0,
         coarse_cost=coarse_cost,
     )
     steps = max(MIN_FIRST_STEPS, budget.fitting_steps(0, settings.coarse))

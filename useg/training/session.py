@@ -143,8 +143,8 @@ class TrainingSession:
     # An early estimate of the score: after which step, on how many images.
     estimate_step: int = 0
     estimate_images: int = 0
-    # Returns how many seconds the caller needs after training.
-    measure_ending: Callable[[Segmenter], float] | None = None
+    # Returns how many seconds the report will take.
+    predict_report_seconds: Callable[[Segmenter], float] | None = None
     unlabelled: Unlabelled | None = None
 
     def __post_init__(self) -> None:
@@ -280,7 +280,7 @@ class TrainingSession:
         if self.budget:
             self.budget.validated()
             if picture and step < self.schedule.steps:
-                self.predict_ending()
+                self.update_report_seconds()
         self.progress.validated(row)
         self.warn(self.monitor.check_validation(step, validation.counts, row["validation_loss"]))
 
@@ -304,18 +304,18 @@ class TrainingSession:
             return None
         return self.out / "pictures" / f"epoch_{epoch:04d}.jpg"
 
-    def predict_ending(self) -> None:
-        """Measure how long what the caller does after training would take now."""
+    def update_report_seconds(self) -> None:
+        """Measure how long the report would take now, and what else follows training."""
         if not self.budget:
             return
-        if self.measure_ending:
+        if self.predict_report_seconds:
             model = self.trainer.model
             model.eval()
-            comparison = self.unlabelled.ending_seconds if self.unlabelled else 0.0
+            comparison = self.unlabelled.comparison_seconds if self.unlabelled else 0.0
             mixing = self.budget.validation_seconds if _choose_start_share(self.trainer) else 0.0
-            self.budget.ending_measured(self.measure_ending(model) + comparison + mixing)
+            self.budget.report_measured(self.predict_report_seconds(model) + comparison + mixing)
             self.trainer.set_training_mode()
-        self.budget.skip()
+        self.budget.restart_clock()
 
     def store_recount(self, step: int) -> None:
         """Write the new number of steps into ``run.toml``."""
@@ -425,7 +425,7 @@ def _estimate_score(session: TrainingSession) -> None:
         f"{100 * scores.mean_iou:.0f} %, an early estimate from {count} of {num_val} validation "
         "images"
     )
-    session.predict_ending()
+    session.update_report_seconds()
 
 
 def _score_start(session: TrainingSession, start: WarmStart) -> None:
@@ -458,7 +458,7 @@ def _compare_colours(session: TrainingSession, unlabelled: Unlabelled, row: LogR
     session.progress.say(unlabelled.compare(session.trainer, row, session.schedule))
     session.set_and_store({"train.unlabelled_from": unlabelled.from_step})
     if session.budget:
-        session.budget.skip()
+        session.budget.restart_clock()
 
 
 def _explain_infinite_loss(session: TrainingSession, taken: TakenStep) -> UsageError:

@@ -95,17 +95,13 @@ class Progress(Protocol):
 class SilentProgress:
     """Shows nothing."""
 
-    def say(self, text: str) -> None:  # noqa: D102
-        pass
+    def say(self, text: str) -> None: ...  # noqa: D102
 
-    def decoded(self, done: int, total: int) -> None:  # noqa: D102
-        pass
+    def decoded(self, done: int, total: int) -> None: ...  # noqa: D102
 
-    def step(self, row: LogRow, steps: int, seconds_left: float) -> None:  # noqa: D102
-        pass
+    def step(self, row: LogRow, steps: int, seconds_left: float) -> None: ...  # noqa: D102
 
-    def validated(self, row: LogRow) -> None:  # noqa: D102
-        pass
+    def validated(self, row: LogRow) -> None: ...  # noqa: D102
 
 
 @dataclass

@@ -178,7 +178,7 @@ class Unlabelled:
     ) -> None:
         self.colours, self.from_step, self.scored = colours, from_step, scored
         # How long the comparison after the last step will take.
-        self.ending_seconds = 0.0
+        self.comparison_seconds = 0.0
 
     def is_matched(self, number: int) -> bool:
         """Return whether crops of batch ``number`` (from 0) take the colours."""
@@ -214,7 +214,7 @@ class Unlabelled:
                 f"{found}: these colours hardly reduce the score, so the run continues without "
                 "recoloured crops"
             )
-        self.ending_seconds = time.perf_counter() - began
+        self.comparison_seconds = time.perf_counter() - began
         # The batch of the next step has been cut.
         self.from_step = step + 2
         return f"{found}: from now on, half of the crops are recoloured"
