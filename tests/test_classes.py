@@ -155,7 +155,7 @@ def test_impossible_tables_are_refused():
     with pytest.raises(UsageError, match="has 256 classes"):
         ClassTable(tuple(str(k) for k in range(256)))
     with pytest.raises(
-        UsageError, match="2 names, 1 colours and 2 values; give one of each per class"
+        UsageError, match="2 names, 1 colours and 2 values; each class needs one; check"
     ):
         ClassTable(("a", "b"), ((0, 0, 0),))
     with pytest.raises(
@@ -167,7 +167,7 @@ def test_impossible_tables_are_refused():
     with pytest.raises(UsageError, match="ignores -4294967296, but mask files store whole numbers"):
         ClassTable(("a",), ignore=(-1 << 32,))
     with pytest.raises(
-        UsageError, match="gives the value 1 to two classes; give each class its own"
+        UsageError, match="gives the value 1 to two classes, but each needs its own; check"
     ):
         ClassTable(("a", "b"), values=(1, 1))
     for value in (True, 1.0, "1", 2**70):

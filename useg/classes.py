@@ -7,8 +7,9 @@ stores (ids, grey levels such as 0 and 255, colours) is known only here.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,77 +66,53 @@ class ClassTable:
     objects: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.names) <= 255:
-            raise DataError(
-                f"a class table has {len(self.names)} classes, but 1 to 255 are possible; "
-                "check classes.toml"
-            )
         if not self.colors:
             object.__setattr__(self, "colors", spread_colors(len(self.names)))
         if not self.values:
             object.__setattr__(self, "values", tuple(range(len(self.names))))
-        if not len(self.names) == len(self.colors) == len(self.values):
-            raise DataError(
-                f"a class table has {len(self.names)} names, {len(self.colors)} colours and "
-                f"{len(self.values)} values; give one of each per class"
-            )
-        self._check_names()
-        self._check_ranges()
-        self._check_unique()
-        if not set(self.objects or ()) <= set(range(len(self))):
-            raise DataError(
-                f"a class table says that the classes {_ranges(self.objects or ())} consist of "
-                f"objects, but it has the classes 0-{len(self) - 1}; check classes.toml"
-            )
+        if problem := next(self._find_problems(), None):
+            raise DataError(f"a class table {problem}; check classes.toml")
 
-    def _check_names(self) -> None:
+    def _find_problems(self) -> Iterator[str]:
+        """Say what is wrong: a check may rely on those before it."""
+        names, colors, values = len(self.names), len(self.colors), len(self.values)
+        if not 1 <= names <= 255:
+            yield f"has {names} classes, but 1 to 255 are possible"
+        if not names == colors == values:
+            yield f"has {names} names, {colors} colours and {values} values; each class needs one"
         for name in self.names:
             if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH:
-                raise DataError(
-                    f"a class table has the name {shorten(name)}, but a name is a text of 1 to "
-                    f"{MAX_NAME_LENGTH} characters; check classes.toml"
+                yield (
+                    f"has the name {shorten(name)}, but a name is a text of 1 to "
+                    f"{MAX_NAME_LENGTH} characters"
                 )
-
-    def _check_ranges(self) -> None:
-        numbers = (*self.values, *self.ignore, *(part for color in self.colors for part in color))
-        for number in numbers:
+        for number in (*self.values, *self.ignore, *chain.from_iterable(self.colors)):
             if isinstance(number, bool) or not isinstance(number, int | np.integer):
-                raise DataError(
-                    f"a class table has the value {shorten(number)}, but values and colours are "
-                    "whole numbers; check classes.toml"
-                )
+                yield f"has the value {shorten(number)}, but values and colours are whole numbers"
         if any(not 0 <= value < 1 << 16 for value in self.values):
-            raise DataError(
-                f"a class table has the values {_ranges(self.values)}, but a mask stores whole "
-                "numbers from 0 to 65535; check classes.toml"
+            yield (
+                f"has the values {_ranges(self.values)}, but a mask stores whole numbers from 0 to "
+                "65535"
             )
-        for color in self.colors:
-            if len(color) != 3 or not all(0 <= part <= 255 for part in color):
-                raise DataError(
-                    "a class table has a colour that is not three numbers from 0 to 255; "
-                    "check classes.toml"
+        if any(len(color) != 3 or min(color) < 0 or max(color) > 255 for color in self.colors):
+            yield "has a colour that is not three numbers from 0 to 255"
+        for value in self.ignore:
+            # Maps have negative numbers where there are no data.
+            if not -(1 << 31) <= value < 1 << 24:
+                yield (
+                    f"ignores {shorten(value)}, but mask files store whole numbers from "
+                    "-2147483648 to 65535, or colours up to 0xFFFFFF"
                 )
-        # Maps have negative numbers where there are no data.
-        if any(not -(1 << 31) <= value < 1 << 24 for value in self.ignore):
-            wrong = next(value for value in self.ignore if not -(1 << 31) <= value < 1 << 24)
-            raise DataError(
-                f"a class table ignores {shorten(wrong)}, but mask files store whole numbers from "
-                "-2147483648 to 65535, or colours up to 0xFFFFFF; check classes.toml"
-            )
         if len(self.ignore) > MAX_IGNORED:
-            raise DataError(
-                f"a class table ignores {len(self.ignore):,} values, but {MAX_IGNORED:,} are "
-                "possible; check classes.toml"
-            )
-
-    def _check_unique(self) -> None:
-        what = "colour" if self.by_color else "value"
+            yield f"ignores {len(self.ignore):,} values, but {MAX_IGNORED:,} are possible"
         stored = self.colors if self.by_color else self.values
-        repeated = [item for item in stored if stored.count(item) > 1]
-        if repeated:
-            raise DataError(
-                f"a class table gives the {what} {repeated[0]} to two classes; give each class its "
-                "own in classes.toml"
+        if repeated := [item for item in stored if stored.count(item) > 1]:
+            what = "colour" if self.by_color else "value"
+            yield f"gives the {what} {repeated[0]} to two classes, but each needs its own"
+        if not set(self.objects or ()) <= set(range(len(self))):
+            yield (
+                f"says that the classes {_ranges(self.objects or ())} consist of objects, but it "
+                f"has the classes 0-{len(self) - 1}"
             )
 
     @property
