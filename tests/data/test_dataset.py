@@ -19,9 +19,14 @@ from made_data import (
 from useg.classes import CARLA
 from useg.data import class_names, official_splits, pair_lists, split_files
 from useg.data.dataset import Dataset, Pair, read_label, read_sample
-from useg.data.file_names import MAX_TAIL_PARTS, find_by_tail
 from useg.data.layouts import find_dataset
-from useg.data.split_files import read_split_csv, restore_splits, write_split_csv
+from useg.data.split_files import (
+    MAX_TAIL_PARTS,
+    find_by_tail,
+    read_split_csv,
+    restore_splits,
+    write_split_csv,
+)
 from useg.data.splits import assign_splits
 from useg.errors import DataError
 

@@ -19,13 +19,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS
 from useg.images.formats import IMAGE_SUFFIXES
-
-Named = TypeVar("Named")
 
 # Words for images and for masks in the names of files and folders.
 IMAGE_WORDS = frozenset(
@@ -72,8 +69,6 @@ BRUSH_MASK_NAME = re.compile(
     re.ASCII,
 )
 
-# At most this many parts at the end of a path are compared; the time grows with their square.
-MAX_TAIL_PARTS = 64
 
 # Numbers, words (also those of camelCase) and single other characters.
 _TOKEN = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[\W_]")
@@ -406,32 +401,6 @@ def _common_ends(texts: Sequence[str]) -> tuple[str, str]:
     )
     first = rows[0]
     return glob.escape("".join(first[:start])), glob.escape("".join(first[len(first) - end :]))
-
-
-def path_tails(path: Path, root: Path) -> Iterator[str]:
-    """Yield what a list may call a file: the ends of its path, each also without the suffix.
-
-    ``root/a/b.png`` gives ``a/b.png``, ``a/b``, ``b.png`` and ``b``.
-    """
-    inside = path.relative_to(root) if path.is_relative_to(root) else path
-    for k in range(len(inside.parts)):
-        tail = PurePosixPath(*inside.parts[k:]).as_posix()
-        yield tail
-        yield tail.removesuffix(path.suffix)
-
-
-def find_by_tail(parts: Sequence[str], tails: Mapping[str, set[Named]]) -> Named | None:
-    """Return what the longest known end of a path names alone, or None.
-
-    Args:
-        parts: The parts of the path, whose beginning may be another machine's.
-        tails: What has each of the ends of :func:`path_tails`.
-    """
-    for k in range(max(0, len(parts) - MAX_TAIL_PARTS), len(parts)):
-        found = tails.get("/".join(parts[k:]), set())
-        if len(found) == 1:
-            return next(iter(found))
-    return None
 
 
 def merge_folders(names: Iterable[str]) -> dict[str, str]:

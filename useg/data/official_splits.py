@@ -16,12 +16,16 @@ from useg.data.file_names import (
     MASK_WORDS,
     SHORT_SPLITS,
     YEAR,
-    find_by_tail,
-    path_tails,
     plain_stem,
     split_folder,
 )
-from useg.data.split_files import has_split_word, read_split_file, split_of_list
+from useg.data.split_files import (
+    find_by_tail,
+    has_split_word,
+    path_tails,
+    read_split_file,
+    split_of_list,
+)
 from useg.errors import DataError, format_count
 from useg.parsing import decode_text, read_limited
 

@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 from useg.data.dataset import SPLIT_FOLDERS, SPLITS, Dataset, Pair, pair_name, pick_evenly
 from useg.data.file_names import split_folder
@@ -34,6 +34,8 @@ from useg.parsing import (
     to_cell,
 )
 
+Named = TypeVar("Named")
+
 # Words in the names of files that list one split, and of files that list several.
 _LIST_WORDS = frozenset(
     [
@@ -45,6 +47,8 @@ _LIST_WORDS = frozenset(
 _SPLIT_WORDS = frozenset(
     ["split", "splits", "partition", "partitions", "subset", "subsets", "fold", "folds", "kfold"]
 )
+# At most this many parts at the end of a path are compared; the time grows with their square.
+MAX_TAIL_PARTS = 64
 # A JSON list may name as many images, or half as many with two values each.
 _MAX_LIST_BYTES, _MAX_JSON_ITEMS = 50_000_000, 1_000_000
 # A line for each of a million images.
@@ -250,6 +254,32 @@ def _find_flag_columns(
         return _SplitColumns(image, meanings)
     if image is None and len(set(flags.values())) > 1 and "train" in flags.values():
         return _SplitColumns(None, flags)
+    return None
+
+
+def path_tails(path: Path, root: Path) -> Iterator[str]:
+    """Yield what a list may call a file: the ends of its path, each also without the suffix.
+
+    ``root/a/b.png`` gives ``a/b.png``, ``a/b``, ``b.png`` and ``b``.
+    """
+    inside = path.relative_to(root) if path.is_relative_to(root) else path
+    for k in range(len(inside.parts)):
+        tail = PurePosixPath(*inside.parts[k:]).as_posix()
+        yield tail
+        yield tail.removesuffix(path.suffix)
+
+
+def find_by_tail(parts: Sequence[str], tails: Mapping[str, set[Named]]) -> Named | None:
+    """Return what the longest known end of a path names alone, or None.
+
+    Args:
+        parts: The parts of the path, whose beginning may be another machine's.
+        tails: What has each of the ends of :func:`path_tails`.
+    """
+    for k in range(max(0, len(parts) - MAX_TAIL_PARTS), len(parts)):
+        found = tails.get("/".join(parts[k:]), set())
+        if len(found) == 1:
+            return next(iter(found))
     return None
 
 
