@@ -81,6 +81,22 @@ def test_new_images_with_the_names_of_the_others_get_no_masks(tmp_path: Path, fo
     assert "share fewer folders with the masks" in dataset.notes[0]
 
 
+@pytest.mark.parametrize(
+    "masks", ['masks = "rust/masks/*.png"', '[masks]\nrust = "rust/masks/*.png"']
+)
+def test_globs_pair_files_of_one_folder_if_names_are_used_twice(tmp_path: Path, masks: str) -> None:
+    for folder, first in ("cracks", 0), ("rust", 10):
+        for k in range(5):
+            image, label = yard(first + k)
+            save(tmp_path / folder / "images" / f"{k}.png", image)
+            save(tmp_path / folder / "masks" / f"{k}.png", np.uint8(255) * (label == 3))
+    (tmp_path / "dataset.toml").write_text(
+        f'images = "*/images/*.png"\nmissing = "skip"\n{masks}\n'
+    )
+    pairs = find_dataset(tmp_path).pairs
+    assert [pair.image for pair in pairs] == [tmp_path / f"rust/images/{k}.png" for k in range(5)]
+
+
 def test_elevations_are_not_the_images(tmp_path: Path) -> None:
     for k in range(6):
         image, label = yard(k)

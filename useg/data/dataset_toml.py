@@ -277,7 +277,16 @@ def _pair_by_wildcards(
                 "Label Studio, Supervisely or VIA; choose such a file, or masks"
             )
         return found
-    matched = match_lists(_by_wildcards(images), _by_wildcards(masks))
+    named = _by_wildcards(images), _by_wildcards(masks)
+    near = _leave_out_farther(*named), _leave_out_farther(*reversed(named))
+    farther = [
+        [path for key, path in each.items() if key not in left]
+        for each, left in zip(named, near, strict=True)
+    ]
+    matched = match_lists(*near)
+    matched = replace(
+        matched, images=(*matched.images, *farther[0]), masks=(*matched.masks, *farther[1])
+    )
     if not matched.pairs:
         raise DataError(
             f"{file}: {len(images)} images and {len(masks)} masks match the globs, but no two "
@@ -313,6 +322,24 @@ def _by_wildcards(files: dict[Path, str]) -> dict[str, Path]:
             )
         found[key] = path
     return found
+
+
+def _leave_out_farther(names: dict[str, Path], others: dict[str, Path]) -> dict[str, Path]:
+    """Return the names without those in farther folders, if a name of the others fits several.
+
+    Of ``*/images/*.png``, the images in ``rust/images`` belong to ``rust/masks/*.png``.
+    """
+    ends: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        ends[name.rpartition("/")[2]].append(name)
+    farther: set[str] = set()
+    for other in others.keys() - names.keys():
+        folders = {*others[other].parts}
+        shared = {name: len(folders & {*names[name].parts}) for name in ends.get(other, ())}
+        nearest = [name for name in shared if shared[name] == max(shared.values())]
+        if len(nearest) == 1:
+            farther |= shared.keys() - nearest
+    return {name: path for name, path in names.items() if name not in farther}
 
 
 def glob_files(folder: Path, pattern: str) -> dict[Path, str]:
