@@ -53,6 +53,8 @@ _EMPTY_FOLDERS = frozenset(
 )
 
 _NUM_NAMED = 3
+# More folders than this are hardly classes.
+_MAX_CLASS_FOLDERS = 10
 
 # Usual names of arrays in Python.
 _ARRAY_ROLES = {"x": "image", "y": "mask"}
@@ -311,7 +313,9 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
     if foreign:
         _refuse_other_masks(foreign, found, files)
         notes += (describe_foreign(foreign, files.root),)
-    notes += _describe_mask_folders(found) or _describe_mask_words(found)
+    notes += (
+        _describe_mask_folders(found) or _describe_mask_words(found) or _describe_folders(found)
+    )
     return DetectedLayout(
         layout,
         tuple(sorted(pairs, key=lambda pair: natural_key(pair.image))),
@@ -431,6 +435,26 @@ def _describe_mask_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str,
         f"the masks are in the folders {', '.join(names[:_NUM_NAMED])}, and the images in one "
         "folder; if each folder is a class, list the folders under [masks] in dataset.toml, "
         "otherwise ignore this note",
+    )
+
+
+def _describe_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, ...]:
+    """Say that folders of images and masks may be classes, if all masks have two values."""
+    shared = [{*image.parent.parts} & {*masks[0].parent.parts} for image, masks in found.items()]
+    constant = set.intersection(*shared)
+    own = Counter(" ".join(each - constant) for each in shared)
+    names = [name for name, count in own.items() if count > 1 and re.fullmatch(r"[^\d.,]+", name)]
+    words = {word.casefold() for name in names for word in split_name(name)}
+    if (
+        not 2 <= len(names) == len(own) <= _MAX_CLASS_FOLDERS
+        or words & {*SPLIT_FOLDERS, *IMAGE_WORDS, *MASK_WORDS}
+        or not is_two_valued(next(iter(found.values()))[0])
+    ):
+        return ()
+    return (
+        f"the images and masks are in the folders {', '.join(sorted(names)[:_NUM_NAMED])}; if each "
+        "folder is a class, list a glob of its masks under [masks] in dataset.toml, otherwise "
+        "ignore this note",
     )
 
 
