@@ -355,7 +355,7 @@ def _label_videos(
     refuse_foreign_files((target, is_own_video) for target in targets)
     results = []
     for video in videos:
-        film = predict_video(
+        result = predict_video(
             job.model,
             video,
             job.out,
@@ -365,18 +365,18 @@ def _label_videos(
             augment=job.augment,
             progress=reporter.timed("labelling"),
         )
-        written = [str(path) for path in (film.overlay, film.masks) if path]
+        written = [str(path) for path in (result.overlay, result.masks) if path]
         entry = {
             "path": video,
-            "frames": film.frames,
-            "seconds": film.seconds,
-            "flicker": film.flicker,
+            "frames": result.frames,
+            "seconds": result.seconds,
+            "flicker": result.flicker,
             "written": written,
         }
-        speed = film.frames / film.seconds
+        speed = result.frames / result.seconds
         line = (
-            f"{' and '.join(written)}: {film.frames} frames at {speed:.1f} frames/s, "
-            f"flicker {100 * film.flicker:.2f} %; sound is not copied"
+            f"{' and '.join(written)}: {result.frames} frames at {speed:.1f} frames/s, "
+            f"flicker {100 * result.flicker:.2f} %; sound is not copied"
         )
         results.append((entry, line))
     return results

@@ -149,8 +149,8 @@ def create_cached(folder: Path, key: str) -> Iterator[Path]:
 
 def remove_cached(entry: Path) -> None:
     """Remove an entry, so that nobody finds half of it; one that cannot be removed stays."""
-    with suppress(OSError), draft_folder(entry) as doomed:
-        entry.rename(doomed / entry.name)
+    with suppress(OSError), draft_folder(entry) as draft:
+        entry.rename(draft / entry.name)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

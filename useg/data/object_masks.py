@@ -73,21 +73,25 @@ def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | Non
     folders: dict[Path, list[Path]] = defaultdict(list)
     for path in paths:
         folders[path.parent].append(path)
-    places = _match_folders(folders)
+    object_folders = _match_folders(folders)
     # A folder called 0 of many images' masks does not belong to the image 0 alone.
-    homes = {place.image.parent for place in places}
-    beside = [path for home in homes for path in folders[home]]
-    num_covered = sum(1 + len(place.masks) for place in places)
-    if len(places) < 2 or 2 * len(places) < len(beside) or 2 * num_covered < len(paths):
+    image_folders = {each.image.parent for each in object_folders}
+    beside = [path for folder in image_folders for path in folders[folder]]
+    num_covered = sum(1 + len(each.masks) for each in object_folders)
+    if (
+        len(object_folders) < 2
+        or 2 * len(object_folders) < len(beside)
+        or 2 * num_covered < len(paths)
+    ):
         return None
-    if not _mark_objects(places):
+    if not _mark_objects(object_folders):
         return None
-    splits = find_official_splits((place.image for place in places), root)
+    splits = find_official_splits((each.image for each in object_folders), root)
     pairs = (
         Pair(image, folder, splits[image], truth=Instances(tuple(masks)))
-        for image, folder, masks in places
+        for image, folder, masks in object_folders
     )
-    rest = sorted({*beside} - {place.image for place in places}, key=natural_key)
+    rest = sorted({*beside} - {each.image for each in object_folders}, key=natural_key)
     note = f"{format_count(len(rest), 'image')} without a folder of masks left out"
     return DetectedLayout(
         "instances",
@@ -107,7 +111,7 @@ def _match_folders(folders: Mapping[Path, list[Path]]) -> list[_ObjectFolder]:
     for folder in folders:
         if words_of_folder(folder) & IMAGE_WORDS:
             of_images[folder.parent].append(folder)
-    places = []
+    object_folders = []
     for folder, masks in folders.items():
         if words_of_folder(folder) & MASK_WORDS:
             beside = of_images.get(folder.parent, [folder.parent])
@@ -115,21 +119,21 @@ def _match_folders(folders: Mapping[Path, list[Path]]) -> list[_ObjectFolder]:
         else:
             found = _outside_parents(folder, stems.get(folder.name, []))
         if len(found) == 1 and found[0] not in masks:
-            places.append(_ObjectFolder(found[0], folder, masks))
-    return places
+            object_folders.append(_ObjectFolder(found[0], folder, masks))
+    return object_folders
 
 
-def _mark_objects(places: Sequence[_ObjectFolder]) -> bool:
+def _mark_objects(object_folders: Sequence[_ObjectFolder]) -> bool:
     """Whether the masks of each image are those of single objects, and not of classes.
 
     Raises:
         DataError: They are by several annotators.
     """
-    several = [place.masks for place in places if len(place.masks) > 1]
+    several = [each.masks for each in object_folders if len(each.masks) > 1]
     if (
         not several
-        or _are_named_by_class(place.masks for place in places)
-        or any(_has_own_mask(place.image, place.masks) for place in places)
+        or _are_named_by_class(each.masks for each in object_folders)
+        or any(_has_own_mask(each.image, each.masks) for each in object_folders)
         or is_photograph(several[0][0])
     ):
         return False

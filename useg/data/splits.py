@@ -44,7 +44,7 @@ _CLASS_TOLERANCE = 2.0
 _COUNT_TOLERANCE = 1.25
 
 # This many numbered names look like a video.
-_MIN_FILM_LENGTH = 5
+_MIN_SEQUENCE_LENGTH = 5
 # A sequence of this length gives a block of its own. Several shorter ones are held out whole.
 MIN_BLOCK_LENGTH = 30
 
@@ -306,7 +306,7 @@ def _stem(pair: Pair) -> str:
 
 def are_numbered(pairs: Sequence[Pair]) -> bool:
     """Return whether at least half of the images have running numbers, as in videos and stacks."""
-    long = [sequence for sequence in find_sequences(pairs) if len(sequence) >= _MIN_FILM_LENGTH]
+    long = [sequence for sequence in find_sequences(pairs) if len(sequence) >= _MIN_SEQUENCE_LENGTH]
     return sum(map(len, long)) * 2 >= len(pairs)
 
 
@@ -330,7 +330,7 @@ def find_sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
 
 def _split_blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     groups = find_sequences(pairs)
-    if all(len(group) < _MIN_FILM_LENGTH for group in groups):
+    if all(len(group) < _MIN_SEQUENCE_LENGTH for group in groups):
         # The names have no running numbers, so their order is the only one.
         groups = [list(pairs)]
     long = [group for group in groups if len(group) >= MIN_BLOCK_LENGTH]
@@ -343,7 +343,7 @@ def _split_blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tu
         parts.append(f"{len(held)} of {len(short)} short sequences held out whole")
     else:
         # These are too few to hold out whole: each is cut like a long one.
-        long = (long + [group for group in short if len(group) >= _MIN_FILM_LENGTH]) or short
+        long = (long + [group for group in short if len(group) >= _MIN_SEQUENCE_LENGTH]) or short
     for group in long:
         splits |= zip(group, _cut_sequence(len(group), holdout), strict=True)
     if long:
