@@ -84,7 +84,15 @@ def test_the_table_is_that_of_a_loop_over_the_objects() -> None:
         np.testing.assert_allclose(found, np.array(wanted), rtol=1e-6)
 
 
-def test_label_maps_of_a_model_with_objects_are_those_of_its_classes() -> None:
+def count_uncertain_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all objects of an untrained model count, however uncertain they are."""
+    monkeypatch.setattr(separation, "MIN_UNCERTAINTY", 1.0)
+
+
+def test_label_maps_of_a_model_with_objects_are_those_of_its_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count_uncertain_objects(monkeypatch)
     model, image = object_model(), textured_image(48, 64)
     predictor = make_predictor(model)
     x = torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
@@ -258,6 +266,7 @@ def test_specks_are_no_objects_in_memory_in_files_and_in_blocks(
 ) -> None:
     from useg.inference import large_images
 
+    count_uncertain_objects(monkeypatch)
     model, image = object_model(), textured_image(96, 130)
     every = make_predictor(model).objects(image).table.areas
     least = int(np.percentile(every, 90))

@@ -82,6 +82,24 @@ def test_parts_of_objects_below_a_fifth_of_the_typical_area_do_not_split(
     assert number(levels, side=side)[1] == expected
 
 
+@pytest.mark.parametrize(
+    ("usual", "last", "expected"),
+    [(0.95, 0.82, 3), (0.95, 0.88, 4), (0.999, 0.95, 4), (0.8, 0.5, 4)],
+)
+@pytest.mark.parametrize("tile", [None, 7])
+def test_objects_that_are_much_less_certain_than_the_others_get_no_number(
+    usual: float, last: float, expected: int, tile: int | None
+) -> None:
+    levels, confidences = np.zeros((12, 40), np.uint8), np.full((12, 40), 0.3, np.float32)
+    for left, confidence in ((1, usual), (11, last), (21, usual), (31, usual)):
+        levels[2:10, left : left + 8] = 5
+        confidences[2:10, left : left + 8] = confidence
+    room = np.zeros((2, *levels.shape), np.uint32)
+    assert separate(levels, room, confidences=confidences, tile=tile) == expected
+    assert room[0].max() == expected
+    assert (room[0][5, 15] > 0) == (expected == 4)
+
+
 def test_a_tiny_region_of_its_own_is_an_object() -> None:
     levels = np.zeros((9, 9), np.uint8)
     levels[4, 4] = 1

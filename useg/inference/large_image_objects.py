@@ -132,12 +132,13 @@ class LargeImageObjects:
 
     def separate(self) -> int:
         """Number the objects, unless they are numbered already; return how many there are."""
-        levels, _, _, *numbers = self._arrays
+        levels, _, confidences, *numbers = self._arrays
         if self._count is None:
             self._count = separate(
                 levels,
                 numbers,
                 by_class=not self._predictor.has_objects,
+                confidences=confidences if self._predictor.has_objects else None,
                 min_pixels=self._predictor.min_pixels_at(self._scale),
                 side=self._predictor.object_side / self._scale,
                 tile=WORKING_TILE_SIDE,

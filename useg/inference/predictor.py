@@ -562,6 +562,7 @@ def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) ->
         compute,
         predictor.object_classes,
         predictor.object_side,
+        predictor.temperature,
     )
 
 

@@ -35,6 +35,10 @@ DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 # an object of less than this share of the area of a typical one.
 MIN_PART_PIXELS, MIN_PART_SHARE = 6, 0.2
 
+# An object is uncertain if the mean probability of its class lacks more than this to 1, and this
+# many times as much as that of the middle object of the image.
+MIN_UNCERTAINTY, UNCERTAIN_RATIO = 0.1, 3
+
 # Maximum growth of seeds. Pixels that they do not reach become separate objects.
 MAX_GROWTH_PIXELS = 128
 
@@ -61,6 +65,8 @@ MAX_GAP_PIXELS = 1
 SPECK_SHARE, SMALL_PERCENT = 0.2, 1
 # Depths are stored in a byte.
 _MAX_DEPTH = 255
+# What a confidence lacks to 1 is counted in this many steps.
+_DOUBT_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,7 @@ def separate(
     by_class: bool = False,
     min_pixels: int = 0,
     side: float = 0.0,
+    confidences: Stored | None = None,
     tile: int | None = None,
 ) -> int:
     """Number the objects in the order of their first pixels, row by row.
@@ -217,6 +224,8 @@ def separate(
         by_class: Whether the levels are classes: each connected region of one class is an object.
         min_pixels: An object with fewer pixels gets no number.
         side: The side of a typical object (:func:`typical_side`); 0 if it is unknown.
+        confidences: The probability of each pixel's class ``(H, W)``: uncertain objects get no
+            number. If None, they do.
         tile: Side of the tiles in pixels; None works on the whole at once.
 
     Returns:
@@ -236,7 +245,7 @@ def separate(
     for place in tiles:
         numbers[0][place] = _grow_tile(numbers[1], levels, place)
     num_seeds = max(int(each.max()) for each in seeds)
-    return _number(levels, numbers[0], tiles, num_seeds, min_pixels)
+    return _number(levels, numbers[0], tiles, num_seeds, min_pixels, confidences)
 
 
 def split_tiles(shape: tuple[int, ...], tile: int | None) -> Iterator[Tile]:
@@ -437,7 +446,12 @@ def grow(seeds: ObjectMap, inside: NDArray[np.bool_]) -> ObjectMap:
 
 
 def _number(
-    levels: Stored, numbers: Stored, tiles: Sequence[Tile], num_seeds: int, min_pixels: int
+    levels: Stored,
+    numbers: Stored,
+    tiles: Sequence[Tile],
+    num_seeds: int,
+    min_pixels: int,
+    confidences: Stored | None,
 ) -> int:
     """Make objects of pixels that no seed has reached, and number all by their first pixels.
 
@@ -447,6 +461,7 @@ def _number(
         tiles: All tiles.
         num_seeds: The highest number of a seed.
         min_pixels: Smaller objects get no number.
+        confidences: The probability of each pixel's class, or None.
     """
 
     def read_rest(place: Tile) -> Levels:
@@ -455,18 +470,27 @@ def _number(
 
     (rest,) = _connect(read_rest, tiles, 1)
     first = np.full(num_seeds + len(rest.areas), levels.size, np.int64)
-    areas = np.zeros_like(first)
+    areas, doubts = np.zeros_like(first), np.zeros_like(first)
     for k, place in enumerate(tiles):
         found = np.array(numbers[place])
         left = rest.of_tile(_label(read_rest(place), 1), k)
         np.copyto(found, (left + num_seeds).astype(np.uint32), where=left > 0)
         numbers[place] = found
-        values, index, counts = np.unique(found, return_index=True, return_counts=True)
+        values, index, inverse, counts = np.unique(
+            found, return_index=True, return_inverse=True, return_counts=True
+        )
         areas[values] += counts
+        if confidences is not None:
+            # Sums of whole numbers do not depend on the tiles.
+            missing = np.rint(_DOUBT_STEPS * (1 - confidences[place])).ravel()
+            doubts[values] += np.bincount(inverse.ravel(), missing).astype(np.int64)
         row, column = np.divmod(index, found.shape[1])
         position = (row + place[0].start) * levels.shape[1] + column + place[1].start
         first[values] = np.minimum(first[values], position)
     first[areas < min_pixels] = levels.size
+    first[_are_uncertain(doubts / _DOUBT_STEPS / np.maximum(1, areas), first < levels.size)] = (
+        levels.size
+    )
     first[0] = -1
     order = np.argsort(first, kind="stable")
     rank = np.empty(len(first), np.uint32)
@@ -475,3 +499,13 @@ def _number(
     for place in tiles:
         numbers[place] = rank[numbers[place]]
     return int((first < levels.size).sum()) - 1
+
+
+def _are_uncertain(
+    uncertainties: NDArray[np.float64], is_object: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Return which objects are uncertain, given what the mean probability of each lacks to 1."""
+    counted = uncertainties[1:][is_object[1:]]
+    typical = np.median(counted) if counted.size else 0.0
+    limit = max(MIN_UNCERTAINTY, UNCERTAIN_RATIO * typical)
+    return uncertainties > limit

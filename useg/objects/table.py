@@ -136,12 +136,14 @@ class Regions:
         object_classes: The classes that consist of objects.
         numbers: ``(H, W)`` uint32: the number of each pixel's object, from 1 on; 0 for none.
         count: How many objects there are.
+        confidences: ``(H, W)``: the probability of each pixel's class.
     """
 
     label: Label
     object_classes: Sequence[int]
     numbers: ObjectMap
     count: int
+    confidences: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -185,20 +187,29 @@ def find_objects(
         or tuple(regions.object_classes) != tuple(object_classes)
         or not np.array_equal(regions.label, label)
     ):
-        regions = number_regions(label, outputs, object_classes)
+        regions = number_regions(label, outputs, object_classes, temperature)
     meter = ObjectMeter(regions.count, len(logits), label.shape)
     whole = slice(0, label.shape[0]), slice(0, label.shape[1])
-    meter.add(regions.numbers, label, confidence(logits, temperature), whole)
+    meter.add(regions.numbers, label, regions.confidences, whole)
     return FoundObjects(regions.numbers, meter.measure(), outputs.depth is not None)
 
 
-def number_regions(label: Label, outputs: PixelOutputs, object_classes: Sequence[int]) -> Regions:
+def number_regions(
+    label: Label, outputs: PixelOutputs, object_classes: Sequence[int], temperature: float
+) -> Regions:
     """Number the objects of a label map in memory, as :func:`find_objects` does."""
     numbers = [np.zeros(label.shape, np.uint32) for _ in range(2)]
     levels, by_class = find_levels(label, outputs.depth, object_classes), outputs.depth is None
-    least, side = outputs.min_pixels, outputs.side
-    count = separate(levels, numbers, by_class=by_class, min_pixels=least, side=side)
-    return Regions(label, object_classes, numbers[0], count)
+    confidences = confidence(outputs.logits, temperature)
+    count = separate(
+        levels,
+        numbers,
+        by_class=by_class,
+        min_pixels=outputs.min_pixels,
+        side=outputs.side,
+        confidences=None if by_class else confidences,
+    )
+    return Regions(label, object_classes, numbers[0], count, confidences)
 
 
 def refine_outputs(
@@ -206,6 +217,7 @@ def refine_outputs(
     compute: Callable[[float], PixelOutputs],
     object_classes: Sequence[int],
     trained_side: float,
+    temperature: float = 1.0,
 ) -> PixelOutputs:
     """Return the outputs at the scale that suits the objects of the image.
 
@@ -217,12 +229,13 @@ def refine_outputs(
         compute: Computes the same at a factor on the working size.
         object_classes: The classes that consist of objects.
         trained_side: As for :func:`choose_scale`.
+        temperature: As for :func:`find_objects`.
     """
 
     def measure() -> float:
         nonlocal outputs
         label = most_probable(outputs.logits)
-        regions = number_regions(label, outputs, object_classes)
+        regions = number_regions(label, outputs, object_classes, temperature)
         outputs = replace(outputs, regions=regions)
         return choose_scale(np.bincount(regions.numbers.ravel())[1:], trained_side)
 

@@ -303,7 +303,7 @@ def count_image(
         membranes=membranes,
     )
     if true_objects is not None:
-        found = find_objects(outputs, settings.object_classes)
+        found = find_objects(outputs, settings.object_classes, temperature)
         instances = tally_classes(found, true_objects, label, settings.object_classes)
         counts = replace(counts, instances=instances)
     return counts, prediction
