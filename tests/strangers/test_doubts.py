@@ -81,6 +81,24 @@ def test_new_images_with_the_names_of_the_others_get_no_masks(tmp_path: Path, fo
     assert "share fewer folders with the masks" in dataset.notes[0]
 
 
+@pytest.mark.parametrize(("folders", "is_said"), [("crack,dark rust", True), ("P1,P2", False)])
+def test_folders_of_images_and_masks_may_be_classes(
+    tmp_path: Path, folders: str, is_said: bool
+) -> None:
+    names = folders.split(",")
+    for number, folder in enumerate(names):
+        for k in range(5):
+            image, label = yard(10 * number + k)
+            save(tmp_path / folder / "images" / f"{k}.png", image)
+            save(tmp_path / folder / "masks" / f"{k}.png", np.uint8(255) * (label == 3))
+    notes = find_dataset(tmp_path).notes
+    said = f"the images and masks are in the folders {', '.join(names)}; if each folder is a class"
+    assert any(said in note for note in notes) == is_said
+    globs = "".join(f'"{folder}" = "{folder}/masks/*.png"\n' for folder in names)
+    (tmp_path / "dataset.toml").write_text(f'images = "*/images/*.png"\n[masks]\n{globs}')
+    assert find_dataset(tmp_path).classes.names == ("background", *names)
+
+
 @pytest.mark.parametrize(
     "masks", ['masks = "rust/masks/*.png"', '[masks]\nrust = "rust/masks/*.png"']
 )
