@@ -115,18 +115,23 @@ def test_globs_pair_files_of_one_folder_if_names_are_used_twice(tmp_path: Path, 
     assert [pair.image for pair in pairs] == [tmp_path / f"rust/images/{k}.png" for k in range(5)]
 
 
-def test_elevations_are_not_the_images(tmp_path: Path) -> None:
+def test_elevations_and_drawn_boxes_are_not_the_images(tmp_path: Path) -> None:
     for k in range(6):
         image, label = yard(k)
         heights = paint(label * 60, np.random.default_rng(k))
         previews = np.ascontiguousarray(image[::2, ::2])
-        for name, pixels in ("image", image), ("dem", heights), ("previews", previews):
+        for name, pixels in (
+            ("image", image),
+            ("dem", heights),
+            ("bbox_image", 255 - image),
+            ("previews", previews),
+        ):
             save(tmp_path / name / f"{k}.png", pixels)
         save(tmp_path / "mask" / f"{k}.png", (label == 3).astype(np.uint8) * 255)
     (note,) = find_dataset(tmp_path).notes[:1]
     assert note.startswith("the images are image/*.png")
     assert "previews/*.png, which are not used because they have other sizes" in note
-    assert "they are called 'dem'" in note
+    assert "they are called 'bbox' and 'dem'" in note
     assert "and 'previews'" not in note
 
 

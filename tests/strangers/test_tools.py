@@ -57,11 +57,18 @@ def test_coordinates_of_label_studio_turn_about_the_first_corner(tmp_path):
     assert (columns.min(), columns.max() + 1) == (16, 24)
 
 
-@pytest.mark.parametrize("suffix", ["xml", "json"])
+@pytest.mark.parametrize("suffix", ["xml", "json", "regions.txt"])
 def test_an_unknown_format_of_files_named_after_images_is_mentioned(tmp_path, suffix):
-    content = {"xml": "<ASAP_Annotations/>", "json": '[{"annotation": {"elements": []}}]'}
+    content = {"xml": "<ASAP_Annotations/>", "json": "[{}]", "regions.txt": "0 0 1 1"}
     for k in range(3):
         save(tmp_path / f"slide_{k}.png", yard(k)[0])
         write_file(tmp_path / f"slide_{k}.{suffix}", content[suffix])
     with pytest.raises(DataError, match=r"does not know the format of '.*slide_0.*COCO, LabelMe"):
+        find_dataset(tmp_path)
+
+
+def test_the_masks_of_nuimages_are_saved_by_its_devkit(tmp_path):
+    save(tmp_path / "samples" / "a.png", yard(0)[0])
+    write_file(tmp_path / "object_ann.json", [{"sample_data_token": "a", "mask": {"counts": ""}}])
+    with pytest.raises(DataError, match=r"the format nuImages, which .* get_segmentation"):
         find_dataset(tmp_path)

@@ -72,7 +72,7 @@ OTHER_WORDS = PREDICTION_WORDS | frozenset(
         *("colour", "colours", "colored", "colormap", "colormaps", "vis", "visualization"),
         *("overlay", "overlays", "preview", "previews", "thumb", "thumbs", "thumbnail"),
         *("thumbnails", "depth", "disparity", "dem", "dsm", "ndsm", "elevation", "elevations"),
-        *("confidence", "certainty", "uncertainty", "heatmap", "heatmaps"),
+        *("confidence", "certainty", "uncertainty", "heatmap", "heatmaps", "bbox", "bboxes"),
         *("boundary", "boundaries"),
         *("edge", "edges", "scribble", "scribbles", "border", "borders", "contour", "contours"),
     ]

@@ -317,12 +317,12 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
     if annotated and not images:
         return f"Put the images of '{annotated[0]}' there too, or choose the folder that has both."
     known = {name for path in images for name in (path.stem, path.name)}
-    beside = [path for path in annotated if path.stem in known]
+    beside = [path for path in others if {path.stem, path.name.partition(".")[0]} & known]
     if 2 * len(beside) > len(images):
         return (
             f"useg does not know the format of '{beside[0]}' and other files that are named after "
-            "images. If they have outlines, export them as COCO, LabelMe or 'CVAT for images 1.1', "
-            "or save a mask for each image"
+            "images. If they have outlines, export them as COCO, LabelMe or 'CVAT for images 1.1'; "
+            "otherwise, save a mask for each image"
         )
     bare = [] if images else list_files(folder, ("",))
     if len(bare) > 1:
@@ -349,8 +349,8 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
     if alike := find_photograph_sets(folder):
         return (
             f"The names of {alike} agree, but both look like photographs, and masks have plain "
-            "areas of class ids or of few colours. Turn probabilities or heights into class ids "
-            "first, for example by a threshold"
+            "areas of class ids or of few colours. Turn probabilities or heights into class ids, "
+            "for example by a threshold, or add masks if there are none"
         )
     return (
         "It recognises images and masks whose names agree, such as images/a.png with "

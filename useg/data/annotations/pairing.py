@@ -129,6 +129,8 @@ _OTHER_JSON: tuple[tuple[str, Test, str], ...] = (
     ("Hasty", _has("export_format_version", "images"), "export COCO in Hasty"),
     ("SuperAnnotate", _has("metadata", "instances"), "convert it to COCO with SuperAnnotate's SDK"),
     ("Kili", _lists("jsonResponse"), "export COCO in Kili"),
+    ("nuImages", _lists("sample_data_token", "mask"), "save the masks that get_segmentation of "
+     "nuImages' devkit returns"),
     ("Dataloop", _has("filename", "annotations"), "export COCO in Dataloop"),
     ("Scale", _lists("task_id", "response"), "convert it to COCO"),
     ("Segment Anything (SA-1B)", _has("image", "annotations"), "its masks have no classes: draw "
