@@ -394,6 +394,16 @@ def write_picture(path: Path, picture: NDArray[np.uint8], mark: str = PICTURE_MA
         draft.write_bytes(content)
 
 
+def image_from_pil(image: PIL.Image.Image) -> Image:
+    """Return the pixels ``(H, W, C)``: a palette becomes colours, and transparency is dropped."""
+    if image.mode in ("P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"):
+        image = image.convert("RGB")
+    elif image.mode in ("1", "LA"):
+        image = image.convert("L")
+    array = np.asarray(image)
+    return array[:, :, None] if array.ndim == 2 else array
+
+
 def resize_image(image: Image, size: tuple[int, int]) -> Image:
     """Resize ``(H, W, C)`` of any dtype and number of bands to ``size = (width, height)``.
 

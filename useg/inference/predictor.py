@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax, take_log
-from useg.errors import DataError, ModelError, SettingsError, choose
-from useg.images.image_files import Image, read_image_and_missing, resize_image
+from useg.errors import DataError, ModelError, choose
+from useg.images.image_files import Image, image_from_pil, read_image_and_missing, resize_image
 from useg.inference import runtimes, tiles
 from useg.models import geometry
 from useg.models.description import ModelDescription
@@ -119,7 +119,7 @@ class Predictor:
     ) -> None:
         self.views = choose("augmentation", augment, AUGMENTATIONS)
         for other in others:
-            _check_ensemble(runtime, other)
+            runtimes.check_ensemble(runtime, other)
         self.runtime = runtime
         self.runtimes = (runtime, *others)
         self.augment = augment
@@ -138,14 +138,12 @@ class Predictor:
         Errors are those of :func:`useg.inference.runtimes.load_runtime` and of the class.
 
         Args:
-            path: As for :func:`load`.
-            runtime: As for :func:`load`.
+            path, runtime, augment: As for :func:`load`.
             num_images: About how many images will be labelled. For a few, ``"auto"`` tries nothing.
-            augment: As for :func:`load`.
         """
         # A misspelled augmentation is refused before the model is read.
         choose("augmentation", augment, AUGMENTATIONS)
-        paths = _model_paths(Path(path))
+        paths = runtimes.split_model_paths(Path(path))
         if runtime == "auto":
             from useg.inference.bench import fastest_runtime
 
@@ -217,9 +215,8 @@ class Predictor:
         """Return class probabilities ``(K, H, W)`` float32, which sum to 1 at each pixel.
 
         They are calibrated: the logits are divided by the model's temperature, which changes no
-        label map. Of the pixels with a probability of 80 %, about 80 % are right on images like
-        those held out in training. Ensembles and augmentation give the mean of probabilities.
-        Arguments and errors are those of a call.
+        label map. Of pixels with 80 %, about 80 % are right on images like the held-out ones.
+        Ensembles and augmentation give the mean. Arguments and errors are those of a call.
         """
         if (batch := _split_batch(image)) is not None:
             return _stack([self.probabilities(one, tile) for one in batch])
@@ -427,7 +424,7 @@ def _to_image(image: ImageLike, description: ModelDescription) -> Image:
     if isinstance(image, str | os.PathLike):
         return read_image_and_missing(Path(image))[0]
     if isinstance(image, PIL.Image.Image):
-        return _from_pil(image)
+        return image_from_pil(image)
     array: Image = (
         image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     )
@@ -445,16 +442,6 @@ def _to_image(image: ImageLike, description: ModelDescription) -> Image:
     if array.dtype == wanted:
         return np.ascontiguousarray(array)
     return _to_number_type(array, wanted)
-
-
-def _from_pil(image: PIL.Image.Image) -> Image:
-    """Return the pixels ``(H, W, C)``: a palette becomes colours, and transparency is dropped."""
-    if image.mode in ("P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"):
-        image = image.convert("RGB")
-    elif image.mode in ("1", "LA"):
-        image = image.convert("L")
-    array = np.asarray(image)
-    return array[:, :, None] if array.ndim == 2 else array
 
 
 def _to_number_type(array: Image, wanted: np.dtype[Any]) -> Image:
@@ -603,54 +590,3 @@ def resize_logits(logits: torch.Tensor, height: int, width: int) -> torch.Tensor
     columns = wide.reshape(N * K, h, 1, width).permute(0, 3, 1, 2)
     tall = F.interpolate(columns, (height, 1), mode="bilinear", align_corners=False)
     return tall.permute(0, 2, 3, 1).reshape(N, K, height, width)
-
-
-def _model_paths(path: Path) -> list[Path]:
-    """Split ``MODEL,MODEL``; an existing path is one model, even with a comma in its name."""
-    names = [str(path)] if path.exists() else str(path).split(",")
-    if not all(names):
-        raise SettingsError(
-            f"'{path}' lacks a model before or after a comma; give RUN, or RUN,RUN for an ensemble"
-        )
-    return [Path(name) for name in names]
-
-
-def _check_ensemble(first: runtimes.Runtime, second: runtimes.Runtime) -> None:
-    """Refuse models that cannot form an ensemble."""
-    classes = [runtime.description.classes.names for runtime in (first, second)]
-    if classes[0] != classes[1]:
-        raise ModelError(
-            f"{first.source} has the classes {', '.join(classes[0])}, "
-            f"but {second.source} has {', '.join(classes[1])}; "
-            f"an ensemble needs models of the same classes in the same order"
-        )
-    inputs = [
-        f"{runtime.description.channels} bands of {runtime.description.pixels}"
-        for runtime in (first, second)
-    ]
-    if inputs[0] != inputs[1]:
-        raise ModelError(
-            f"{first.source} takes images with {inputs[0]}, but {second.source} {inputs[1]}; "
-            f"an ensemble needs models of the same images"
-        )
-
-
-def check_same_split(*predictors: Predictor) -> None:
-    """Refuse models that are known to have held out different images.
-
-    Raises:
-        ModelError: The splits differ, so that one model may have trained on the other's test
-            images.
-    """
-    splits = [
-        runtime.description.provenance.get("split", {})
-        for predictor in predictors
-        for runtime in predictor.runtimes
-    ]
-    different = [split for split in splits if split and split != splits[0]]
-    if splits[0] and different:
-        raise ModelError(
-            f"the models were trained with different splits ({splits[0]} and {different[0]}), "
-            f"so one may have been trained on images that the other is scored on; "
-            f"choose the images with the settings data.split and data.holdout"
-        )

@@ -40,6 +40,7 @@ from useg.errors import (
     FaultyDeviceError,
     MachineError,
     ModelError,
+    SettingsError,
     choose,
     need,
 )
@@ -517,6 +518,44 @@ def _openvino_bf16_function(stored: StoredModel) -> LogitsFunction:
     from useg.inference import exported
 
     return exported.openvino_bf16_function(stored.as_openvino)
+
+
+def split_model_paths(path: Path) -> list[Path]:
+    """Split ``MODEL,MODEL``; an existing path is one model, even with a comma in its name.
+
+    Raises:
+        SettingsError: There is nothing before or after a comma.
+    """
+    names = [str(path)] if path.exists() else str(path).split(",")
+    if not all(names):
+        raise SettingsError(
+            f"'{path}' lacks a model before or after a comma; give RUN, or RUN,RUN for an ensemble"
+        )
+    return [Path(name) for name in names]
+
+
+def check_ensemble(first: Runtime, second: Runtime) -> None:
+    """Refuse models that cannot form an ensemble.
+
+    Raises:
+        ModelError: They have different classes, bands or number types.
+    """
+    classes = [runtime.description.classes.names for runtime in (first, second)]
+    if classes[0] != classes[1]:
+        raise ModelError(
+            f"{first.source} has the classes {', '.join(classes[0])}, "
+            f"but {second.source} has {', '.join(classes[1])}; "
+            f"an ensemble needs models of the same classes in the same order"
+        )
+    inputs = [
+        f"{runtime.description.channels} bands of {runtime.description.pixels}"
+        for runtime in (first, second)
+    ]
+    if inputs[0] != inputs[1]:
+        raise ModelError(
+            f"{first.source} takes images with {inputs[0]}, but {second.source} {inputs[1]}; "
+            f"an ensemble needs models of the same images"
+        )
 
 
 RUNTIMES: dict[str, Callable[[StoredModel], LogitsFunction]] = {

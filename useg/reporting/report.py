@@ -25,8 +25,8 @@ from useg.data.duplicates import (
 from useg.data.layouts import find_dataset
 from useg.data.split_files import restore_splits
 from useg.data.splits import assign_splits
-from useg.errors import format_count
-from useg.inference.predictor import Predictor, check_same_split, load
+from useg.errors import ModelError, format_count
+from useg.inference.predictor import Predictor, load
 from useg.machine import CountProgress, describe_machine
 from useg.parsing import printable
 from useg.reporting.causes import (
@@ -143,7 +143,7 @@ def compare(
         part if isinstance(part, Predictor) else load(part) for part in (model, against)
     )
     if not settings:
-        check_same_split(first, second)
+        _check_same_split(first, second)
     dataset = open_evaluation_data(first, data, settings, split=split, class_map=class_map)
     split, notes = _decide_split(dataset, first, split, settings)
     evaluations = [
@@ -154,6 +154,27 @@ def compare(
         for predictor in (first, second)
     ]
     return compare_evaluations(*evaluations)
+
+
+def _check_same_split(*predictors: Predictor) -> None:
+    """Refuse models that are known to have held out different images.
+
+    Raises:
+        ModelError: The splits differ, so that one model may have trained on the other's test
+            images.
+    """
+    splits = [
+        runtime.description.provenance.get("split", {})
+        for predictor in predictors
+        for runtime in predictor.runtimes
+    ]
+    different = [split for split in splits if split and split != splits[0]]
+    if splits[0] and different:
+        raise ModelError(
+            f"the models were trained with different splits ({splits[0]} and {different[0]}), "
+            f"so one may have been trained on images that the other is scored on; "
+            f"choose the images with the settings data.split and data.holdout"
+        )
 
 
 def _decide_split(
@@ -238,7 +259,7 @@ def open_evaluation_data(
             ``class_map`` does not say which belong together.
     """
     if not settings:
-        check_same_split(predictor)
+        _check_same_split(predictor)
     provenance = predictor.runtime.description.provenance
     chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})}).data
     dataset = _find_with_classes_of(predictor, Path(data), chosen.classes, class_map)
