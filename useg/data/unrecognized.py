@@ -255,19 +255,18 @@ def ask_about_numbers(folder: Path) -> None:
     for path in list_image_files(folder):
         rows[tuple(split_name(path.relative_to(folder).with_suffix("").as_posix()))] = path
     for place in range(min(map(len, rows), default=0)):
+        numbers = {row[place] for row in rows}
+        if not 2 <= len(numbers) <= _MAX_NUMBERS or not all(map(str.isdecimal, numbers)):
+            continue
         sets: dict[str, dict[tuple[str, ...], Path]] = defaultdict(dict)
         for row, path in rows.items():
             sets[row[place]][row[:place] + row[place + 1 :]] = path
         names = [*sets.values()]
-        if (
-            2 <= len(sets) <= _MAX_NUMBERS
-            and all(map(str.isdecimal, sets))
-            and len(names[0]) >= _NUM_TRIED
-            and all(each.keys() == names[0].keys() for each in names)
-        ):
-            kinds = {}
-            for number, files in sets.items():
-                kinds[number] = {is_photograph(path) for path in [*files.values()][:_NUM_TRIED]}
+        if len(names[0]) >= _NUM_TRIED and all(each.keys() == names[0].keys() for each in names):
+            kinds = {
+                number: {is_photograph(path) for path in [*files.values()][:_NUM_TRIED]}
+                for number, files in sets.items()
+            }
             _ask(sets, kinds)
 
 
