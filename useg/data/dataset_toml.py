@@ -467,7 +467,7 @@ def make_choice(error: OpenChoiceError, folder: Path) -> DetectedLayout:
     found_files = [*joined[1].images, *_list_files(joined[1])] if joined else []
     rest = sorted({*files} - {*found_files}, key=natural_key)
     if joined is None or 2 * len(rest) > len(files) or not _are_certain(joined[0], error):
-        options = [_describe_class_masks(joined[0], folder, file)] if joined else []
+        options = [_describe_class_masks(*joined, file)] if joined else []
         for candidate in (*error.left, *error.candidates):
             options.append(_try_settings(candidate, folder, file, files))
         raise DataError(f"'{folder}': {error}. {_describe_options(options, file)}") from error
@@ -519,14 +519,29 @@ def _try_settings(candidate: Candidate, folder: Path, file: Path, files: Sequenc
 
 def _follow(option: str, folder: Path, file: Path) -> DetectedLayout | None:
     """Return the pairs of a possible dataset.toml, or None if useg would refuse it."""
+    settings = _parse(option, file)
+    if settings is None:
+        return None
+    try:
+        found = pair_by_globs(folder, file, settings)
+    except DataError:
+        return None
+    return found if _can_train(found) else None
+
+
+def _parse(option: str, file: Path) -> GlobSettings | None:
+    """Return the settings of a possible dataset.toml, or None if useg would refuse them."""
     if not option.replace("\n", "").isprintable():
         return None
     try:
-        found = pair_by_globs(folder, file, _check_settings(file, tomllib.loads(option)))
+        return _check_settings(file, tomllib.loads(option))
     except (DataError, ValueError):
         return None
-    has_training_images = any(pair.split in ("", "train") for pair in found.pairs)
-    return found if has_training_images and not found.masks else None
+
+
+def _can_train(found: DetectedLayout) -> bool:
+    """Return whether pairs have some for training, and no mask is left."""
+    return any(pair.split in ("", "train") for pair in found.pairs) and not found.masks
 
 
 def _skip_missing(found: DetectedLayout) -> list[str]:
@@ -553,12 +568,13 @@ def _find_class_masks(
     return (settings, found) if len(found.pairs) == len(labelled) else None
 
 
-def _describe_class_masks(settings: GlobSettings, folder: Path, file: Path) -> str:
+def _describe_class_masks(settings: GlobSettings, found: DetectedLayout, file: Path) -> str:
     """Return the lines of a dataset.toml that join one mask per class; ``""`` if refused."""
     images = f"images = {quote_toml(settings.images)}"
     globs = [f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in settings.class_masks]
-    found = _follow("\n".join((images, "[masks]", *globs)), folder, file)
-    return "\n".join((images, *_skip_missing(found), "[masks]", *globs)) if found else ""
+    if _parse("\n".join((images, "[masks]", *globs)), file) != settings or not _can_train(found):
+        return ""
+    return "\n".join((images, *_skip_missing(found), "[masks]", *globs))
 
 
 def quote_toml(text: str) -> str:
