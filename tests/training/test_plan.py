@@ -195,7 +195,7 @@ def test_more_time_or_a_faster_machine_means_larger_frames(
     fast = planned(dataset, train__minutes=10, model__encoder="plain").settings
     assert (fast.data.size, fast.data.crop, fast.model.width) == ((640, 480), (640, 480), 64)
     monkeypatch.setattr(
-        plan, "measure_training_speed", lambda *_: 6000 * FRAME_PIXELS * 2.1 / (0.8 * 600)
+        plan, "measure_training_speed", lambda *_: 6000 * FRAME_PIXELS * 4.2 / (0.8 * 600)
     )
     twice = planned(dataset, model__encoder="plain").settings
     assert (twice.data.size, twice.model.width) == ((368, 272), 16)
@@ -216,11 +216,12 @@ def test_steps_at_half_the_size_leave_time_for_larger_images(
         return planned(dataset, **settings).settings.data.size
 
     # Two thirds of the steps take a third of the time: 1.8 times as many crops fit.
-    assert size_if_fitting(1.0) == (256, 192)
-    assert size_if_fitting(1.2) == (352, 256)
-    assert size_if_fitting(2.4) == (512, 384)
-    assert size_if_fitting(1.2, train__coarse=0.0) == (256, 192)
-    assert size_if_fitting(2.4, train__coarse=0.0) == (352, 256)
+    assert size_if_fitting(0.55) == (256, 192)
+    assert size_if_fitting(1.0) == (288, 224)
+    assert size_if_fitting(1.9) == (352, 256)
+    assert size_if_fitting(4.0) == (416, 320)
+    assert size_if_fitting(1.0, train__coarse=0.0) == (256, 192)
+    assert size_if_fitting(4.0, train__coarse=0.0) == (352, 256)
 
 
 def test_small_images_alone_do_not_widen_the_network(

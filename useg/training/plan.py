@@ -86,8 +86,7 @@ from useg.training.plan_rules import (
 
 DEFAULT_MINUTES = 10.0
 
-# Camera frames are reduced to about this many pixels, or twice, four times, ... as many where the
-# time allows.
+# Camera frames are reduced to about this many pixels, or more where the time allows.
 FRAME_PIXELS = 256 * 192
 
 # Side of the crops of images that are not whole scenes; with unpadded convolutions 196 pixels
@@ -355,14 +354,14 @@ class _Planner:
 
     @property
     def crop_pixels(self) -> int:
-        """Pixels of a crop: ``FRAME_PIXELS``, doubled as often as the time allows."""
+        """Pixels of a crop, ``FRAME_PIXELS`` or more: twice as many in four times the time."""
         affordable, settings = self.affordable_pixels, self.settings
         if settings.model.encoder in encoders.ENCODERS and not settings.model.start:
             # Steps at half the size leave time for larger images.
             coarse = settings.train.coarse
             coarse = COARSE_SHARE if coarse is None else coarse
             affordable /= 1 - coarse * (1 - COARSE_STEP_COST)
-        return FRAME_PIXELS << int(math.log2(max(1.0, affordable / FRAME_PIXELS)))
+        return round(FRAME_PIXELS * math.sqrt(max(1.0, affordable / FRAME_PIXELS)))
 
     def choose_network(self) -> None:
         encoder, reason = choose_encoder(self.settings.model, self.channels)
@@ -432,7 +431,7 @@ class _Planner:
         frame, pixels = self.frame, self.crop_pixels
         size = _reduce(frame, pixels, self.network.stride)
         limit = "as the time allows" if self.is_timed else "by default"
-        reason = f"{whole} reduced to about {pixels:,} pixels, {limit}"
+        reason = f"{whole} reduced to about {round(pixels, -3):,} pixels, {limit}"
         label_iou = self.label_statistics.iou_after_reduction
         while size != frame and (iou := label_iou(size[0] / frame[0])) < min_iou:
             reason = (
