@@ -306,7 +306,7 @@ def test_every_reason_states_numbers_that_are_true(tmp_path: Path) -> None:
         "images are used at their original size, which is small"
     )
     large = planned(make_street_dataset(tmp_path / "large", size=(640, 480)), train__epochs=3)
-    assert large.reasons["data.size"].endswith("about 49,152 pixels, by default")
+    assert large.reasons["data.size"].endswith("about 49,000 pixels, by default")
     assert large.reasons["train.batch"].startswith("4 crops have 196,608 pixels, close to the ")
     assert large.reasons["train.coarse"] == (
         "every step is at full size if steps or epochs are set"
