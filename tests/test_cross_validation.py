@@ -97,7 +97,7 @@ def test_scores_of_like_images_and_of_new_groups_are_told_apart(
     assert whole.near.num_images == 2
     first, second = whole.lines()
     assert first.startswith(f"expect an mIoU of {100 * whole.near.mean_iou:.1f} % on images ")
-    assert f"expect {100 * whole.scores.mean_iou:.1f} %" in first
+    assert f"of {100 * whole.scores.mean_iou:.1f} %" in first
     assert "each of the 20 images is scored by a model that has not seen its group" in second
     assert whole.intervals
     assert whole.intervals.num_blocks == 5

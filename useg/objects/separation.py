@@ -35,8 +35,8 @@ DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 # an object of less than this share of the area of a typical one.
 MIN_PART_PIXELS, MIN_PART_SHARE = 6, 0.2
 
-# An object is uncertain if the mean probability of its class lacks more than this to 1, and this
-# many times as much as that of the middle object of the image.
+# The uncertainty of an object is 1 minus the mean probability of its class. An object is dropped if
+# its uncertainty is above this, and this many times that of the median object of the image.
 MIN_UNCERTAINTY, UNCERTAIN_RATIO = 0.1, 3
 
 # Maximum growth of seeds. Pixels that they do not reach become separate objects.
@@ -65,8 +65,8 @@ MAX_GAP_PIXELS = 1
 SPECK_SHARE, SMALL_PERCENT = 0.2, 1
 # Depths are stored in a byte.
 _MAX_DEPTH = 255
-# What a confidence lacks to 1 is counted in this many steps.
-_DOUBT_STEPS = 10_000
+# Uncertainties are summed as whole numbers of such steps, so sums do not depend on the tiles.
+_UNCERTAINTY_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -470,7 +470,7 @@ def _number(
 
     (rest,) = _connect(read_rest, tiles, 1)
     first = np.full(num_seeds + len(rest.areas), levels.size, np.int64)
-    areas, doubts = np.zeros_like(first), np.zeros_like(first)
+    areas, uncertainties = np.zeros_like(first), np.zeros_like(first)
     for k, place in enumerate(tiles):
         found = np.array(numbers[place])
         left = rest.of_tile(_label(read_rest(place), 1), k)
@@ -481,16 +481,14 @@ def _number(
         )
         areas[values] += counts
         if confidences is not None:
-            # Sums of whole numbers do not depend on the tiles.
-            missing = np.rint(_DOUBT_STEPS * (1 - confidences[place])).ravel()
-            doubts[values] += np.bincount(inverse.ravel(), missing).astype(np.int64)
+            steps = np.rint(_UNCERTAINTY_STEPS * (1 - confidences[place])).ravel()
+            uncertainties[values] += np.bincount(inverse.ravel(), steps).astype(np.int64)
         row, column = np.divmod(index, found.shape[1])
         position = (row + place[0].start) * levels.shape[1] + column + place[1].start
         first[values] = np.minimum(first[values], position)
     first[areas < min_pixels] = levels.size
-    first[_are_uncertain(doubts / _DOUBT_STEPS / np.maximum(1, areas), first < levels.size)] = (
-        levels.size
-    )
+    means = uncertainties / (_UNCERTAINTY_STEPS * np.maximum(1, areas))
+    first[_are_uncertain(means, first < levels.size)] = levels.size
     first[0] = -1
     order = np.argsort(first, kind="stable")
     rank = np.empty(len(first), np.uint32)
@@ -504,7 +502,12 @@ def _number(
 def _are_uncertain(
     uncertainties: NDArray[np.float64], is_object: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Return which objects are uncertain, given what the mean probability of each lacks to 1."""
+    """Return which objects are much less certain than the median object of the image.
+
+    Args:
+        uncertainties: 1 minus the mean probability of each number's pixels ``(N,)``.
+        is_object: Which numbers are objects ``(N,)``; number 0 is none.
+    """
     counted = uncertainties[1:][is_object[1:]]
     typical = np.median(counted) if counted.size else 0.0
     limit = max(MIN_UNCERTAINTY, UNCERTAIN_RATIO * typical)
