@@ -194,7 +194,7 @@ def _find_numbered(
     masks: _Masks, pairs: Sequence[Pair], alpha: bool, are_inferred: bool
 ) -> tuple[bool, list[str]]:
     """Return whether masks number objects, and notes; the arguments are those of find_encoding."""
-    judgement, notes = _classify_values(_stored(masks, alpha)), []
+    judgement, notes = classify_values(_stored(masks, alpha)), []
     if are_inferred and not alpha:
         notes += _describe_possible_numbers(judgement, masks, pairs)
     if judgement == "unclear" and are_inferred:
@@ -432,15 +432,10 @@ def _describe_regions(pair: Pair) -> list[list[float]]:
     return rows
 
 
-def number_objects(masks: Iterable[CodeMap]) -> bool:
-    """Whether the values of masks are numbers of objects, and not classes."""
-    return _classify_values(masks) == "objects"
+def classify_values(masks: Iterable[CodeMap]) -> str:
+    """Return what the values of masks are: ``objects``, ``classes``, ``both`` or ``unclear``.
 
-
-def _classify_values(masks: Iterable[CodeMap]) -> str:
-    """Return ``objects`` if values number objects, ``unclear`` if they may, otherwise ``classes``.
-
-    If each has a class and the number of an object, such as 2001 and 2002, it is ``both``.
+    With ``both``, each has a class and the number of an object, such as 2001 and 2002.
 
     In nearly every mask each value but 0 is one connected region. That also holds for the parts of
     a body, so the values must be numbers as well: 1 to n where n differs from mask to mask; or
