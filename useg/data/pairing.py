@@ -313,9 +313,7 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
     if foreign:
         _refuse_other_masks(foreign, found, files)
         notes += (describe_foreign(foreign, files.root),)
-    notes += (
-        _describe_mask_folders(found) or _describe_mask_words(found) or _describe_folders(found)
-    )
+    notes += _describe_possible_classes(found)
     return DetectedLayout(
         layout,
         tuple(sorted(pairs, key=lambda pair: natural_key(pair.image))),
@@ -419,8 +417,14 @@ def _key_of_number(path: Path) -> str:
     return " ".join(re.findall("[0-9]+", path.stem)) or path.stem
 
 
-def _describe_mask_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, ...]:
-    """Say that folders which only masks have may be classes, if all masks have two values."""
+def _describe_possible_classes(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, ...]:
+    """Say that folders or words in names may be classes, if masks have two values."""
+    note = _describe_mask_folders(found) or _describe_mask_words(found) or _describe_folders(found)
+    return (note,) if note and is_two_valued(next(iter(found.values()))[0]) else ()
+
+
+def _describe_mask_folders(found: Mapping[Path, tuple[Path, ...]]) -> str:
+    """Say that folders which only masks have may be classes, or return ``""``."""
     folders = sorted({masks[0].parent for masks in found.values()})
     names = [folder.name for folder in folders]
     if (
@@ -428,50 +432,47 @@ def _describe_mask_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str,
         or len({image.parent for image in found}) > 1
         or len({folder.parent for folder in folders}) > 1
         or any(not name.isalpha() or name.casefold() in SPLIT_FOLDERS for name in names)
-        or not is_two_valued(next(iter(found.values()))[0])
     ):
-        return ()
+        return ""
     return (
         f"the masks are in the folders {', '.join(names[:_NUM_NAMED])}, and the images in one "
         "folder; if each folder is a class, list the folders under [masks] in dataset.toml, "
-        "otherwise ignore this note",
+        "otherwise ignore this note"
     )
 
 
-def _describe_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, ...]:
-    """Say that folders of images and masks may be classes, if all masks have two values."""
+def _describe_folders(found: Mapping[Path, tuple[Path, ...]]) -> str:
+    """Say that folders of images and masks may be classes, or return ``""``."""
     shared = [{*image.parent.parts} & {*masks[0].parent.parts} for image, masks in found.items()]
     constant = set.intersection(*shared)
     own = Counter(" ".join(each - constant) for each in shared)
     names = [name for name, count in own.items() if count > 1 and re.fullmatch(r"[^\d.,]+", name)]
     words = {word.casefold() for name in names for word in split_name(name)}
-    if (
-        not 2 <= len(names) == len(own) <= _MAX_CLASS_FOLDERS
-        or words & {*SPLIT_FOLDERS, *IMAGE_WORDS, *MASK_WORDS}
-        or not is_two_valued(next(iter(found.values()))[0])
-    ):
-        return ()
+    if not 2 <= len(names) == len(own) <= _MAX_CLASS_FOLDERS or words & {
+        *SPLIT_FOLDERS,
+        *IMAGE_WORDS,
+        *MASK_WORDS,
+    }:
+        return ""
     return (
         f"the images and masks are in the folders {', '.join(sorted(names)[:_NUM_NAMED])}; if each "
         "folder is a class, list a glob of its masks under [masks] in dataset.toml, otherwise "
-        "ignore this note",
+        "ignore this note"
     )
 
 
-def _describe_mask_words(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, ...]:
-    """Say that words in the names of masks may be classes, if all masks have two values."""
+def _describe_mask_words(found: Mapping[Path, tuple[Path, ...]]) -> str:
+    """Say that words in the names of masks may be classes, or return ``""``."""
     counts: Counter[str] = Counter()
     for image, masks in found.items():
         words = [set(split_name(plain_stem(path).casefold())) for path in (image, masks[0])]
         own = words[1] - words[0] - MASK_WORDS
         counts[" ".join(sorted(word for word in own if word.isalpha()))] += 1
     if len(counts) < 2 or "" in counts or min(counts.values()) < 2:
-        return ()
-    if not is_two_valued(next(iter(found.values()))[0]):
-        return ()
+        return ""
     return (
         f"the names of the masks contain {', '.join(sorted(counts)[:_NUM_NAMED])}; if each is a "
-        "class, list a glob for each under [masks] in dataset.toml, otherwise ignore this note",
+        "class, list a glob for each under [masks] in dataset.toml, otherwise ignore this note"
     )
 
 
