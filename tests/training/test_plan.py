@@ -272,7 +272,7 @@ def test_size_and_scale_exclude_each_other(tmp_path: Path) -> None:
 
 def test_plan_is_a_table_and_is_stored(tmp_path: Path) -> None:
     dataset = make_street_dataset(tmp_path / "data")
-    lines = planned(dataset, model__width=8).table()
+    lines = planned(dataset, model__width=8).explain()
     assert lines[0].split()[:2] == ["model.encoder", "plain"]
     assert len({line.index(word) for line, word in ((lines[0], "plain"), (lines[1], "4"))}) == 1
     loop.fit(dataset, tmp_path / "run", quick_settings(train__epochs=1))

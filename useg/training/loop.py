@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +33,6 @@ from useg.training.schedule import TimeBudget, count_steps
 from useg.training.session import (
     TakenStep,
     TrainingSession,
-    begin_session,
     mix_with_start,
     score_counts,
 )
@@ -87,7 +84,10 @@ def fit(
 
     Args:
         dataset: Pairs with their splits assigned (:func:`useg.data.splits.assign_splits`).
-        out: The run folder, new or empty.
+        out: The run folder, new or empty. It receives ``run.toml`` (all settings), ``split.csv``,
+            ``model.safetensors`` (the model with the best validation score), ``state.pt`` (the
+            checkpoint), ``log.jsonl``, ``curves.png``, ``pictures`` and, if wanted,
+            ``tensorboard``.
         settings: The settings; those that are None are planned.
         progress: Receives what happens.
         resume: Continue the run in ``out``, whose ``run.toml`` holds the settings.
@@ -99,7 +99,8 @@ def fit(
             contains a run already.
     """
     began = began or time.perf_counter()
-    progress = SilentProgress() if distributed.process_rank() else progress or SilentProgress()
+    if progress is None or distributed.process_rank() > 0:
+        progress = SilentProgress()
     check_run_folder(out, resume=resume)
     if settings.train.tensorboard:
         need("tensorboard", "tensorboard")
@@ -112,22 +113,30 @@ def fit(
         progress.say(threads.describe())
     plan = make_plan(settings, dataset)
     start = read_start(plan, dataset) if plan.settings.model.start else None
-    for line in (*plan.table(), plan.fault, *(start.notes if start else ())):
-        if line:
-            progress.say(line)
+    for line in (*plan.explain(), *(start.notes if start else ())):
+        progress.say(line)
     trainer, unlabelled = _prepare_run(dataset, plan, start, out, progress)
     provenance = _describe_origin(dataset, plan, start)
-    write_run_toml = partial(write_settings, out / "run.toml", provenance=provenance)
     budget = None
     if not resume:
         trainer.settings = trainer.settings.with_({"train.thread_changes": threads.changes})
         budget = _start_run(trainer, began, progress, has_report=predict_report_seconds is not None)
         if distributed.process_rank() == 0:
             # The splits come last: a run that has none is started again.
-            write_run_toml(trainer.settings)
+            write_settings(out / "run.toml", trainer.settings, provenance)
             write_split_csv(out / "split.csv", dataset)
-    session = begin_session(trainer, dataset, out, progress, budget, threads, write_run_toml)
-    session.predict_report_seconds, session.unlabelled = predict_report_seconds, unlabelled
+    session = TrainingSession(
+        trainer,
+        dataset,
+        out,
+        progress,
+        threads,
+        provenance,
+        budget,
+        unlabelled,
+        predict_report_seconds,
+    )
+    session.begin()
     try:
         interrupted = _loop(session)
     except KeyboardInterrupt:
@@ -137,19 +146,21 @@ def fit(
 
 def _loop(session: TrainingSession) -> bool:
     """Train until the last step or an interruption; return whether it was interrupted."""
-    stopwatch, recorder = session.stopwatch, session.recorder
+    stopwatch = session.stopwatch
     session.threads.restart()
-    with interruptible() as stop, recorder:
+    with interruptible() as stop, session.recorder:
         stopwatch.start()
-        taken: deque[TakenStep] = deque()
+        previous: TakenStep | None = None
         for x, target in session.remaining_batches():
             stopwatch.batch_arrived()
-            taken.append(session.take_step(x, target))
+            taken = session.take_step(x, target)
+            is_overlapped = session.may_overlap_next(taken.step, stop)
             # The previous step is accounted for while a GPU computes this one.
-            is_overlapped = session.may_overlap_next(taken[-1].step, stop)
-            while len(taken) > is_overlapped:
-                if session.account_for(taken.popleft(), stop, is_last_taken=not taken):
-                    return True
+            if previous:
+                session.account_for(previous, stop, is_last_taken=False)
+            previous = taken if is_overlapped else None
+            if not is_overlapped and session.account_for(taken, stop, is_last_taken=True):
+                return True
             stopwatch.start_step(is_overlapped=is_overlapped)
     return False
 

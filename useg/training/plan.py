@@ -160,14 +160,15 @@ class Plan:
         """The reason of each decision, by its setting."""
         return {decision.key: decision.reason for decision in self.decisions}
 
-    def table(self) -> list[str]:
-        """Return a line for each decision: setting, value, reason."""
+    def explain(self) -> list[str]:
+        """Return a line for each decision (setting, value, reason), and the fault, if any."""
         key_width = max((len(each.key) for each in self.decisions), default=0)
         value_width = max((len(each.shown) for each in self.decisions), default=0)
-        return [
+        lines = [
             f"{each.key:<{key_width}}  {each.shown:<{value_width}}  {each.reason}"
             for each in self.decisions
         ]
+        return [*lines, self.fault] if self.fault else lines
 
 
 def time_limit(train: TrainSettings) -> float | None:

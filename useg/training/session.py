@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from useg import distributed
-from useg.config import VALIDATE_AT_END, Settings
+from useg.config import VALIDATE_AT_END, write_settings
 from useg.data.dataset import Dataset
 from useg.device import CPU
 from useg.errors import DataError, SettingsError, UsageError, format_count
@@ -125,38 +125,82 @@ class TakenStep:
 
 @dataclass
 class TrainingSession:
-    """A run while it trains, and what the loop does besides the training step."""
+    """A run while it trains, and what the loop does besides the training step.
+
+    It starts from the checkpoint in the run folder, if there is one, else at step 0.
+
+    Args:
+        trainer: The parts of the run.
+        dataset: The data set, for the provenance of the model.
+        out: The run folder.
+        progress: Receives what happens.
+        threads: Decides on the number of threads.
+        provenance: What ``run.toml`` says about the run besides its settings.
+        budget: The time of a new run that has a limit.
+        unlabelled: The images without masks, if any.
+        predict_report_seconds: Returns how long the report will take.
+    """
 
     trainer: Trainer
     dataset: Dataset
     out: Path
     progress: Progress
-    schedule: Schedule
-    budget: TimeBudget | None
     threads: ThreadControl
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    recorder: RunRecorder
-    monitor: Monitor
-    stopwatch: Stopwatch
-    write_run_toml: Callable[[Settings], None]
-    # An early estimate of the score: after which step, on how many images.
-    estimate_step: int = 0
-    estimate_images: int = 0
-    # Returns how many seconds the report will take.
-    predict_report_seconds: Callable[[Segmenter], float] | None = None
+    provenance: Mapping[str, Any]
+    budget: TimeBudget | None = None
     unlabelled: Unlabelled | None = None
+    predict_report_seconds: Callable[[Segmenter], float] | None = None
 
     def __post_init__(self) -> None:
-        self.train = self.trainer.settings.train
-        assert self.train.batch
-        assert self.train.validate_every
-        self.batch = self.train.batch
-        self.validate_every = self.train.validate_every
-        self.num_train = len(self.trainer.batches.samples)
-        self.num_taken = self.recorder.state.step
+        trainer, train = self.trainer, self.trainer.settings.train
+        assert train.steps is not None
+        assert train.coarse is not None
+        assert train.batch is not None
+        assert train.validate_every is not None
+        self.train, self.batch, self.validate_every = train, train.batch, train.validate_every
+        self.num_train = len(trainer.batches.samples)
+        self.overlaps_steps = trainer.device != CPU and not distributed.is_distributed()
+        self.schedule = Schedule(train.steps, train.recounts, train.coarse)
+        # For dropout: measuring the speed has drawn random numbers.
+        torch.manual_seed(train.seed)
+        self.optimizer, self.scheduler = make_optimizer(trainer, self.schedule)
+        self.recorder = self._open_recorder()
+        state = self.recorder.state
+        self.stopwatch = Stopwatch(state.seconds)
+        self.monitor = Monitor(
+            trainer.model.classes.names,
+            trainer.shares,
+            trainer.chance_loss,
+            self.schedule.planned_steps,
+            cuts_on_device=trainer.batches.device_samples is not None,
+        )
+        self.monitor.replay([row["loss"] for row in self.recorder.rows])
+        self.num_taken = state.step
+        # The number of steps that was printed last.
         self.reported_steps = self.schedule.steps
-        self.overlaps_steps = self.trainer.device != CPU and not distributed.is_distributed()
+        # An early estimate of the score: after which step, on how many images.
+        self.estimate_step = self.estimate_images = 0
+
+    def _open_recorder(self) -> RunRecorder:
+        """Load the checkpoint, and open the log behind it."""
+        trainer, path = self.trainer, self.out / CHECKPOINT_NAME
+        parts = trainer.model, self.optimizer, self.scheduler, trainer.scaler
+        state = load_checkpoint(path, trainer.identity, *parts)
+        save = partial(save_checkpoint, path, state, *parts)
+        clock = SaveClock(estimate_save_seconds(trainer.model))
+        return RunRecorder(self.out, state, save, clock, self.train.tensorboard)
+
+    def begin(self) -> None:
+        """Do what comes before the first step: check the data, and score the initial model."""
+        step = self.recorder.state.step
+        if step:
+            self.progress.say(f"continuing after step {step} of {self.schedule.steps}")
+        self.trainer.set_training_mode()
+        self.warn(self.monitor.check_skipped([each.reason for each in self.dataset.skipped]))
+        self.warn(self.monitor.check_classes())
+        if self.trainer.start and not step:
+            _score_start(self, self.trainer.start)
+        _plan_estimate(self)
 
     def take_step(self, x: Tensor, target: Tensor) -> TakenStep:
         """Start the next training step; a GPU may still compute it when this returns."""
@@ -189,7 +233,7 @@ class TrainingSession:
         Args:
             taken: The step.
             stop: Whether the run was asked to stop.
-            is_last_taken: Whether no later step has begun.
+            is_last_taken: Whether no later step has begun, so the weights are those after this one.
         """
         step, stopwatch = taken.step, self.stopwatch
         loss = float(taken.loss)
@@ -203,22 +247,27 @@ class TrainingSession:
         self.warn(self.monitor.check_memory(self.trainer.num_parts, self.train.accumulate))
         interrupted = False
         if is_last_taken:
-            if self.is_validation_due(step):
-                self.validate(row)
-            elif step == self.estimate_step:
-                _estimate_score(self)
-            if self.unlabelled and self.is_comparison_due(step):
-                _compare_colours(self, self.unlabelled, row)
-            if self.budget and self.budget.recount(step, self.schedule):
-                self.store_recount(step)
-            if self.budget and self.threads.adapt(step):
-                self.progress.say(self.threads.describe())
-                self.set_and_store({"train.thread_changes": self.threads.changes})
+            self.do_what_is_due(row)
             interrupted = distributed.any_process(stop.requested) and step < self.schedule.steps
         is_last = interrupted or step == self.schedule.steps
         self.recorder.record_step(row, last=is_last, may_save=is_last_taken)
         self.progress.step(row, self.schedule.steps, self.seconds_left(row))
         return interrupted
+
+    def do_what_is_due(self, row: LogRow) -> None:
+        """Validate, compare, recount the steps and change the threads, as far as it is due."""
+        step = row["step"]
+        if self.is_validation_due(step):
+            self.validate(row)
+        elif step == self.estimate_step:
+            _estimate_score(self)
+        if self.unlabelled and self.is_comparison_due(step):
+            _compare_colours(self, self.unlabelled, row)
+        if self.budget and self.budget.recount(step, self.schedule):
+            self.store_recount(step)
+        if self.budget and self.threads.adapt(step):
+            self.progress.say(self.threads.describe())
+            self.set_and_store({"train.thread_changes": self.threads.changes})
 
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a batch per step; recounts change how many there are."""
@@ -331,7 +380,7 @@ class TrainingSession:
         """Change settings, here and in ``run.toml``."""
         self.trainer.settings = self.trainer.settings.with_(changes)
         if distributed.process_rank() == 0:
-            self.write_run_toml(self.trainer.settings)
+            write_settings(self.out / "run.toml", self.trainer.settings, self.provenance)
 
     def seconds_left(self, row: LogRow) -> float:
         """Estimate the rest of the run: of its time, or from the time of the steps so far."""
@@ -341,77 +390,22 @@ class TrainingSession:
         return float(row["seconds"] * (work(self.schedule.steps) / work(row["step"]) - 1))
 
 
-def begin_session(
-    trainer: Trainer,
-    dataset: Dataset,
-    out: Path,
-    progress: Progress,
-    budget: TimeBudget | None,
-    threads: ThreadControl,
-    write_run_toml: Callable[[Settings], None],
-) -> TrainingSession:
-    """Make what the loop needs, at the state of the checkpoint if there is one."""
-    train, model = trainer.settings.train, trainer.model
-    assert train.steps is not None
-    assert train.coarse is not None
-    schedule = Schedule(train.steps, train.recounts, train.coarse)
-    # For dropout: measuring the speed has drawn random numbers.
-    torch.manual_seed(train.seed)
-    optimizer, scheduler = make_optimizer(trainer, schedule)
-    path = out / CHECKPOINT_NAME
-    state = load_checkpoint(path, trainer.identity, model, optimizer, scheduler, trainer.scaler)
-    save = partial(save_checkpoint, path, state, model, optimizer, scheduler, trainer.scaler)
-    clock = SaveClock(estimate_save_seconds(model))
-    recorder = RunRecorder(out, state, save, clock, train.tensorboard)
-    if state.step:
-        progress.say(f"continuing after step {state.step} of {schedule.steps}")
-    trainer.set_training_mode()
-    monitor = Monitor(
-        model.classes.names,
-        trainer.shares,
-        trainer.chance_loss,
-        schedule.planned_steps,
-        cuts_on_device=trainer.batches.device_samples is not None,
-    )
-    monitor.replay([row["loss"] for row in recorder.rows])
-    session = TrainingSession(
-        trainer,
-        dataset,
-        out,
-        progress,
-        schedule,
-        budget,
-        threads,
-        optimizer,
-        scheduler,
-        recorder,
-        monitor,
-        Stopwatch(state.seconds),
-        write_run_toml,
-    )
-    session.warn(monitor.check_skipped([each.reason for each in dataset.skipped]))
-    session.warn(monitor.check_classes())
-    if trainer.start and not state.step:
-        _score_start(session, trainer.start)
-    _plan_estimate(session)
-    return session
-
-
 def _plan_estimate(session: TrainingSession) -> None:
     """Plan an early estimate of the score, if the first validation of a timed run is late."""
     budget, schedule, num_val = session.budget, session.schedule, len(session.trainer.val)
     if not budget or not num_val:
         return
     steps = range(1, schedule.steps + 1)
-    first, whole = next(filter(session.is_validation_due, steps)), schedule.work(schedule.steps)
-    if schedule.work(first) <= 2 * ESTIMATE_AT_SHARE * whole:
+    first_validation = next(filter(session.is_validation_due, steps))
+    whole = schedule.work(schedule.steps)
+    if schedule.work(first_validation) <= 2 * ESTIMATE_AT_SHARE * whole:
         return
     seconds = MAX_ESTIMATE_SHARE * budget.seconds_left()
     affordable = int(seconds * num_val / max(1e-9, budget.validation_seconds))
     count = distributed.broadcast_from_main(min(num_val, affordable))
     if count >= min(MIN_ESTIMATE_IMAGES, num_val):
-        reached = (step for step in steps if schedule.work(step) >= ESTIMATE_AT_SHARE * whole)
-        session.estimate_step, session.estimate_images = next(reached), count
+        is_reached = [schedule.work(step) >= ESTIMATE_AT_SHARE * whole for step in steps]
+        session.estimate_step, session.estimate_images = 1 + is_reached.index(True), count
 
 
 def _estimate_score(session: TrainingSession) -> None:
@@ -509,12 +503,12 @@ def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -
     # Every process waits until the file is written.
     distributed.broadcast_from_main(None)
     kept = load_model(session.out)
-    before = kept.provenance["start"].get("share")
+    share_before = kept.provenance["start"].get("share")
     # The model before training, or one that an earlier version of useg has kept.
-    if not kept.provenance["step"] or before is None:
+    if not kept.provenance["step"] or share_before is None:
         return scores
     trainer.model.load_state_dict(kept.state_dict())
-    if before:
+    if share_before:
         # The run had ended before.
         return score_counts(trainer, validate(trainer, trainer.val).counts)
     start.mix_into(trainer.model, share)
