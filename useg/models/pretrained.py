@@ -91,7 +91,7 @@ def imagenet_statistics(
     return [round(sum(mean) / 3, 3)] * channels, [round(sum(std) / 3, 3)] * channels
 
 
-def load_pretrained(network: EncoderUNet, weights: Path | None = None) -> None:
+def load_pretrained(network: EncoderUNet, weights: str | Path | None = None) -> None:
     """Load ImageNet weights into the contracting path, in place. Nothing is downloaded.
 
     Args:
@@ -106,7 +106,7 @@ def load_pretrained(network: EncoderUNet, weights: Path | None = None) -> None:
             belongs to another network.
     """
     name = network.encoder_name
-    path = weights or packaged_weights(name)
+    path = Path(weights) if weights else packaged_weights(name)
     remedy = (
         "give a .pth or .safetensors file"
         if weights

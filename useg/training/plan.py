@@ -31,7 +31,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ from useg.data.dataset import (
 )
 from useg.device import (
     CPU,
+    PRECISIONS,
     choose_device,
     choose_precision,
     describe_device,
@@ -69,7 +69,6 @@ from useg.training.plan_rules import (
     COARSE_SHARE,
     COARSE_STEP_COST,
     MIN_POSITION_INFORMATION,
-    MIN_VERTICAL_INFORMATION,
     NUM_MASKS_READ,
     LabelStatistics,
     choose_batch,
@@ -77,6 +76,7 @@ from useg.training.plan_rules import (
     choose_coarse,
     choose_encoder,
     choose_encoder_rate,
+    choose_flips,
     choose_learning_rate,
     choose_photometric,
     choose_standardize,
@@ -226,6 +226,7 @@ def _plan_on(device: torch.device, settings: Settings, dataset: Dataset) -> Plan
     planner.choose_objects()
     planner.choose_size()
     planner.choose_crop()
+    planner.choose_flips()
     planner.choose_width()
     planner.choose_training()
     return Plan(
@@ -250,8 +251,7 @@ def _find_fault(plan: Plan, num_classes: int) -> str | None:
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         is_pretrained = settings.model.pretrained and not settings.model.start
         if is_pretrained and isinstance(network, encoders.EncoderUNet):
-            weights = Path(settings.model.weights) if settings.model.weights else None
-            load_pretrained(network, weights)
+            load_pretrained(network, settings.model.weights)
         crop = settings.data.crop
         width, height = output_size(network, (min(crop[0], PROBE_SIDE), min(crop[1], PROBE_SIDE)))
         sides = height + 2 * network.margin, width + 2 * network.margin
@@ -373,12 +373,13 @@ class _Planner:
         self.decide("model.depth", depth, reason)
         if self.settings.train.precision is None:
             precision = distributed.broadcast_from_main(fastest_precision(self.device))
-            kind = torch.float16 if precision == "fp16" else torch.bfloat16
+            reduced = "bf16" if precision == "fp32" else precision
+            speedup = measure_speedup(self.device, PRECISIONS[reduced])
             self.decide(
                 "train.precision",
                 precision,
-                f"on this machine a convolution in {'fp16' if precision == 'fp16' else 'bf16'} is "
-                f"{measure_speedup(self.device, kind):.1f} times as fast as in fp32",
+                f"on this machine a convolution in {reduced} is {speedup:.1f} times as fast as in "
+                "fp32",
             )
         if self.is_timed:
             reason = "the default if no minutes, epochs or steps are set"
@@ -468,16 +469,10 @@ class _Planner:
         if crop != wanted:
             reason += ", rounded up to a size that the network takes"
         self.decide("data.crop", crop, reason)
+
+    def choose_flips(self) -> None:
         vertical_information = self.label_statistics.vertical_information()
-        if vertical_information >= MIN_VERTICAL_INFORMATION:
-            reason = (
-                "images have a natural orientation: the vertical position of a pixel explains "
-                f"{100 * vertical_information:.0f} % of its class"
-            )
-            self.decide("train.flips", "horizontal", reason)
-        else:
-            reason = "images have no natural orientation: labels look alike upside down"
-            self.decide("train.flips", "all", reason)
+        self.decide("train.flips", *choose_flips(vertical_information))
 
     def choose_width(self) -> None:
         crop = self.settings.data.crop

@@ -348,6 +348,16 @@ def measure_decoding(dataset: Dataset) -> float:
     return (time.perf_counter() - began) / max(1, len(pairs))
 
 
+def choose_flips(vertical_information: float) -> tuple[str, str]:
+    """Return the random flips and the reason."""
+    if vertical_information < MIN_VERTICAL_INFORMATION:
+        return "all", "images have no natural orientation: labels look alike upside down"
+    return "horizontal", (
+        "images have a natural orientation: the vertical position of a pixel explains "
+        f"{100 * vertical_information:.0f} % of its class"
+    )
+
+
 def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
     """Return the range of the random zoom and the reason."""
     if position_information >= MIN_POSITION_INFORMATION:

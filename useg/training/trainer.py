@@ -467,8 +467,7 @@ def _make_model(
     if start:
         start.initialize(model)
     elif pretrained and isinstance(model.network, encoders.EncoderUNet):
-        weights = Path(settings.weights) if settings.weights else None
-        load_pretrained(model.network, weights)
+        load_pretrained(model.network, settings.weights)
     if plan.settings.train.freeze == "encoder":
         frozen_part(model.network).requires_grad_(False)
     return model
