@@ -23,7 +23,7 @@ from useg.config import read_settings
 from useg.scoring.losses import _sum_by_masks, _sum_by_scattering
 from useg.scoring.metrics import confusion
 from useg.training import loop, plan
-from useg.training.trainer import SilentProgress, count_pairs
+from useg.training.trainer import SilentProgress, confusion_of_tensors
 
 
 class Listener(SilentProgress):
@@ -160,5 +160,5 @@ def test_pixels_on_a_device_are_counted_as_on_the_cpu() -> None:
     rng = np.random.default_rng(0)
     prediction = rng.integers(0, 5, (20, 30), np.uint8)
     label = rng.choice(np.uint8([0, 1, 2, 3, 4, 255]), (20, 30))
-    found = count_pairs(torch.from_numpy(prediction), torch.from_numpy(label), 5)
+    found = confusion_of_tensors(torch.from_numpy(prediction), torch.from_numpy(label), 5)
     assert (found.numpy() == confusion(prediction, label, 5)).all()

@@ -27,8 +27,10 @@ LUMA = (0.299, 0.587, 0.114)
 
 # Components of the matrices that change colours.
 _IDENTITY, _GRAY = np.eye(3), np.tile(LUMA, (3, 1))
-_CROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-_AROUND = np.full((3, 3), 1 / 3)
+# Rodrigues' rotation around the axis of greys: the matrix of the cross product with the axis, and
+# the projection onto it.
+_CROSS_PRODUCT = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+_PROJECTION = np.full((3, 3), 1 / 3)
 
 # Largest changes at full strength: natural logarithm of the exponent, of the gain of each band and
 # of the saturation; and the rotation of the hue in radians.
@@ -128,9 +130,9 @@ def draw_change(rng: np.random.Generator, channels: int, ranges: PhotometricRang
     if channels == 3:
         saturation = 0.0 if happens(ranges.grayscale) else saturation
         saturate = saturation * _IDENTITY + (1 - saturation) * _GRAY
-        # A rotation around the axis of greys.
-        turn = np.cos(hue) * _IDENTITY + np.sin(hue) * _CROSS + (1 - np.cos(hue)) * _AROUND
-        colors = turn @ saturate @ colors
+        cos, sin = np.cos(hue), np.sin(hue)
+        rotate = cos * _IDENTITY + sin * _CROSS_PRODUCT + (1 - cos) * _PROJECTION
+        colors = rotate @ saturate @ colors
     if happens(ranges.shading):
         shading = rng.normal(0, SHADING, (SHADING_POINTS,) * 2).astype(np.float32)
     if ranges.limit is not None and happens(ranges.fog):

@@ -282,7 +282,7 @@ class _Planner:
 
     @property
     def frame(self) -> tuple[int, int]:
-        """The middle one of the images' sizes, by their area."""
+        """The median of the images' sizes, by their area."""
         return sorted(self.sizes, key=lambda size: (size[0] * size[1], size))[len(self.sizes) // 2]
 
     @cached_property
@@ -408,28 +408,29 @@ class _Planner:
         self.decide("model.objects", share > 0, reason)
 
     def choose_size(self) -> None:
-        """Downscale whole scenes to fit the time, but keep the details of their labels."""
+        """Choose a size for images of whole scenes; others keep their resolution."""
         if self.settings.data.size or self.settings.data.scale:
             return
         position_information = self.label_statistics.position_information()
+        explained = f"{100 * position_information:.0f} % of its class"
         if position_information >= MIN_POSITION_INFORMATION:
-            min_iou = MIN_LABEL_IOU
-            whole = (
-                f"whole scenes: the position of a pixel explains {100 * position_information:.0f} "
-                "% of its class, so images are"
-            )
+            whole = f"whole scenes: the position of a pixel explains {explained}, so images are"
+            self.choose_frame(whole, MIN_LABEL_IOU)
         elif _are_photographs(self.sizes, self.channels):
-            min_iou = MIN_DETAIL_IOU
             whole = "photographs (colour images that all have the same oblong size) are"
+            self.choose_frame(whole, MIN_DETAIL_IOU)
         else:
-            self.decide(
-                "data.scale",
-                1.0,
+            reason = (
                 "images keep their resolution, because they are neither whole scenes (the position "
-                f"of a pixel explains only {100 * position_information:.0f} % of its class) nor "
-                "colour photographs of one size",
+                f"of a pixel explains only {explained}) nor colour photographs of one size"
             )
-            return
+            self.decide("data.scale", 1.0, reason)
+
+    def choose_frame(self, whole: str, min_iou: float) -> None:
+        """Choose one size for whole images, which the reason calls ``whole``.
+
+        It has the pixels for which there is time, or more so that reduced labels keep ``min_iou``.
+        """
         frame, pixels = self.frame, self.crop_pixels
         size = _reduce(frame, pixels, self.network.stride)
         limit = "as the time allows" if self.is_timed else "by default"

@@ -30,58 +30,68 @@ from useg.scoring.metrics import class_ious, confusion, mean_present, tally
 # Training masks, or images, that are read to plan, evenly spread over the data set.
 NUM_MASKS_READ = 16
 
-# How long it takes to check an image, to read one for training, and to score one for validation, in
-# times of decoding its pixels and labels (measured with street scenes, JPEG and PNG, 1920x1080).
-# The report takes as long as to score this number of images more.
-CHECKING_COST, TRAINING_COST, VALIDATION_COST = 2.25, 1.25, 23.0
+# How long it takes to check an image, to read one for training, and to score one for validation,
+# relative to decoding its pixels and labels (measured with street scenes, JPEG and PNG, 1920x1080).
+CHECKING_COST = 2.25
+TRAINING_COST = 1.25
+VALIDATION_COST = 23.0
+# The report takes as long as scoring this number of images more.
 REPORT_COST_IMAGES = 60
 
-# All of them together may take these shares of the time of a run. There are always at least these
-# numbers of images, if the data set has them.
-CHECKING_TIME_SHARE, TRAINING_TIME_SHARE, VALIDATION_TIME_SHARE = 0.1, 0.25, 0.1
-MIN_CHECKED_IMAGES, MIN_TRAINING_IMAGES, MIN_VALIDATION_IMAGES = 200, 200, 20
+# Checking, reading and scoring all images may take these shares of the time of a run: if they would
+# take more, fewer images are used ...
+CHECKING_TIME_SHARE = 0.1
+TRAINING_TIME_SHARE = 0.25
+VALIDATION_TIME_SHARE = 0.1
+# ... but at least these numbers, if the data set has as many.
+MIN_CHECKED_IMAGES = 200
+MIN_TRAINING_IMAGES = 200
+MIN_VALIDATION_IMAGES = 20
 
 # Positions are the cells of a grid with this many rows and columns. The information that is due to
 # chance is measured on this many random shifts of the grids.
 GRID, NUM_SHIFTS = 8, 10
 
 # Images show whole scenes or objects if the position of a pixel has at least this share of the
-# information about its class, and have an up and a down if the vertical position has that much.
+# information about its class.
 MIN_POSITION_INFORMATION = 0.2
+# They have a natural orientation if the vertical position has at least this share.
 MIN_VERTICAL_INFORMATION = 0.1
 
 # No class is rare if each has at least this share of the pixels of the most common class.
 BALANCED_SHARE = 0.5
 
-# Learning rate of a pretrained encoder as a share of the decoder's: for images with an up and a
-# down, and for others.
+# Learning rate of a pretrained encoder as a share of the decoder's: for images with a natural
+# orientation, and for others.
 UPRIGHT_ENCODER_RATE, ENCODER_RATE = 0.05, 0.25
 
 # Learning rate of a run that starts from another model, as a share of that of a new model.
 START_RATE = 0.5
 
-# Crops with a shorter side are not trained at half the size; others are for this share of the run.
-# Until both have been measured, such a step is taken to need this share of the time of one at full
-# size.
-MIN_COARSE_CROP_SIDE = 128
+# This share of the steps of a run is at half the size, unless a side of the crops is shorter than
+# MIN_COARSE_CROP_SIDE.
 COARSE_SHARE = 0.67
+MIN_COARSE_CROP_SIDE = 128
+# Time of such a step as a share of that of one at full size, until both have been measured.
 COARSE_STEP_COST = 1 / 3
 
-# A batch has as many crops as have about so many pixels together, but at least MIN_BATCH, and at
-# most so many: pixels and most crops, usually and for small objects.
+# The crops of a batch have about this number of pixels together. There are at most as many crops as
+# the second number says, and at least MIN_BATCH.
+USUAL_BATCH = (4 * 256 * 192, 8)
+# The same for small objects.
+OBJECT_BATCH = (4 * 256 * 256, 16)
 MIN_BATCH = 4
-USUAL_BATCH, OBJECT_BATCH = (4 * 256 * 192, 8), (4 * 256 * 256, 16)
 
 # Range of the zoom of images of whole scenes, and of others.
-SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
+SCENE_ZOOM, OTHER_ZOOM = (0.6, 1.15), (0.5, 2.0)
 
 # Strength of the photometric augmentation of whole scenes: the best on other streets, recordings
 # and laboratories together (benchmarks/generalise.py).
-PHOTOMETRIC = 0.25
+PHOTOMETRIC_STRENGTH = 0.25
 
 # Training images already differ in light if bright ones are this many times as bright as dark
 # ones.
-VARIED_LIGHT = 2.25
+MIN_BRIGHTNESS_RATIO = 2.25
 
 # Settings that shape a network, and their values for the paper's U-Net. Dropout changes no shape.
 _PLAIN = {
@@ -308,26 +318,27 @@ def choose_images(dataset: Dataset, seconds: float) -> dict[str, tuple[int, str]
     """
     num_train, num_val = len(dataset.of("train")), len(dataset.of("val"))
     is_small = num_train <= MIN_TRAINING_IMAGES and num_val <= MIN_VALIDATION_IMAGES
-    # As a share of the time of the run.
+    # Decoding, reading and scoring an image, each as a share of the time of the run.
     decoding = 0.0 if is_small else measure_decoding(dataset) / seconds
-    read, scored = TRAINING_COST * decoding, VALIDATION_COST * decoding
-    left = VALIDATION_TIME_SHARE - REPORT_COST_IMAGES * scored
+    reading, scoring = TRAINING_COST * decoding, VALIDATION_COST * decoding
+    left_for_scoring = VALIDATION_TIME_SHARE - REPORT_COST_IMAGES * scoring
     return {
         "data.train_every": (
-            _choose_every(num_train, read, TRAINING_TIME_SHARE, MIN_TRAINING_IMAGES),
-            _explain_every(f"reading all {num_train:,} training images", num_train * read),
+            _choose_every(num_train, reading, TRAINING_TIME_SHARE, MIN_TRAINING_IMAGES),
+            _explain_every(f"reading all {num_train:,} training images", num_train * reading),
         ),
         "data.val_every": (
-            _choose_every(num_val, scored, left, MIN_VALIDATION_IMAGES),
-            _explain_every(f"scoring all {num_val:,} validation images", num_val * scored),
+            _choose_every(num_val, scoring, left_for_scoring, MIN_VALIDATION_IMAGES),
+            _explain_every(f"scoring all {num_val:,} validation images", num_val * scoring),
         ),
     }
 
 
-def _choose_every(count: int, each: float, limit: float, fewest: int) -> int:
-    """Return n, so that every n-th of some images takes no more than its limit of the time."""
-    every = math.ceil(count * each / max(limit, each)) if each else 1
-    return max(1, min(every, count // fewest))
+def _choose_every(num_images: int, cost: float, max_cost: float, min_images: int) -> int:
+    """Return n, so that every n-th image together costs at most ``max_cost``."""
+    # One image always fits.
+    every = math.ceil(num_images * cost / max(max_cost, cost)) if cost else 1
+    return max(1, min(every, num_images // min_images))
 
 
 def _explain_every(work: str, share: float) -> str:
@@ -362,7 +373,7 @@ def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
     """Return the range of the random zoom and the reason."""
     if position_information >= MIN_POSITION_INFORMATION:
         return SCENE_ZOOM, "whole scenes already show objects of many sizes"
-    return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
+    return OTHER_ZOOM, "from half to twice the size: other images are often taken at another scale"
 
 
 def choose_standardize(
@@ -380,17 +391,17 @@ def choose_photometric(position_information: float, dataset: Dataset) -> tuple[f
     """Return the strength of the photometric augmentation and the reason."""
     if position_information < MIN_POSITION_INFORMATION:
         return 0.0, "changing colours did not help on images that are not whole scenes"
-    light = measure_light(dataset)
-    if light >= VARIED_LIGHT:
+    ratio = measure_brightness_ratio(dataset)
+    if ratio >= MIN_BRIGHTNESS_RATIO:
         return 0.0, (
-            f"the training images already differ in light: bright ones are {light:.1f} times as "
+            f"the training images already differ in light: bright ones are {ratio:.1f} times as "
             "bright as dark ones"
         )
-    return PHOTOMETRIC, "new images of whole scenes may differ in camera, place and light"
+    return PHOTOMETRIC_STRENGTH, "new images of whole scenes may differ in camera, place and light"
 
 
-def measure_light(dataset: Dataset) -> float:
-    """Return how many times as bright as dark training images bright ones are, at least 1.
+def measure_brightness_ratio(dataset: Dataset) -> float:
+    """Return how bright bright training images are in relation to dark ones, at least 1.
 
     It is the 95th percentile of the mean pixels of some images, divided by the 5th; 1 if one of
     them is not positive.

@@ -43,8 +43,8 @@ MIN_SPEED_STEPS = 4
 # computer slept. It counts as a typical one.
 MAX_STEP_RATIO = 5.0
 
-# A validation, or the report, is never expected to take more than this share of
-# the time: a longer measurement was interrupted.
+# A validation, or the report, is never expected to take more than this share of the time: a longer
+# measurement was interrupted.
 MAX_REST_SHARE = 0.1
 
 # If the time is over before the schedule is, the rest of the schedule takes this share of the time,
@@ -217,18 +217,18 @@ class TimeBudget:
             coarse_share: Share of the remaining steps that train at half the size.
         """
         step_seconds, interval = self.seconds_per_step(), self.validation_interval
+        max_seconds = MAX_REST_SHARE * self.seconds
         # A single validation that was interrupted does not count.
-        validation = median(self._validation_costs[-3:])
+        validation_seconds = min(step_seconds * median(self._validation_costs[-3:]), max_seconds)
+        report_seconds = min(step_seconds * self._report_cost, max_seconds)
 
         def seconds(count: int) -> float:
             coarse = round(coarse_share * count)
             last = step + count - 1
             validations = 1 + max(0, last // interval - (step + coarse) // interval)
             steps = self.coarse_cost * coarse + count - coarse
-            rest = min(step_seconds * validation, most_seconds) * validations
-            return step_seconds * steps + rest + min(step_seconds * self._report_cost, most_seconds)
+            return step_seconds * steps + validation_seconds * validations + report_seconds
 
-        most_seconds = MAX_REST_SHARE * self.seconds
         left = self.seconds_left()
         most = int(left / step_seconds / min(1.0, self.coarse_cost)) + 1
         return bisect_right(range(1, most + 1), left, key=seconds)
@@ -342,29 +342,20 @@ def count_steps(trainer: Trainer, began: float, *, has_report: bool = False) -> 
     coarse_cost = COARSE_STEP_COST
     if settings.coarse:
         coarse_cost = _measure_step(probe, 0.01 * seconds, coarse=True) / step_seconds
-    samples = trainer.val[:4]
-    if trainer.device != CPU:
-        # A GPU takes seconds for the first image of a size: it chooses and loads its kernels. Then
-        # a graph is recorded.
-        for _ in range(WARMUP_CALLS + 1):
-            validate(probe, samples[:1])
-    measured = time.perf_counter()
-    validate(probe, samples)
-    num_measured = max(1, len(samples))
-    validation = (time.perf_counter() - measured) / num_measured * len(trainer.val)
+    validation_seconds = _measure_validation(probe)
     share = MAX_VALIDATION_SHARE
-    mean_seconds = step_seconds * (1 - settings.coarse * (1 - coarse_cost))
+    epoch_seconds = step_seconds * (1 - settings.coarse * (1 - coarse_cost)) * per_epoch
     every = settings.validate_every or math.ceil(
-        validation * (1 - share) / (share * mean_seconds * per_epoch)
+        validation_seconds * (1 - share) / (share * epoch_seconds)
     )
     every = broadcast_from_main(every)
     budget = TimeBudget(
         end=began + seconds - RESERVED_SECONDS,
         seconds=seconds,
         step_seconds=step_seconds,
-        validation_seconds=validation,
+        validation_seconds=validation_seconds,
         validation_interval=per_epoch * every,
-        report_seconds=REPORT_VALIDATIONS * validation if has_report else 0.0,
+        report_seconds=REPORT_VALIDATIONS * validation_seconds if has_report else 0.0,
         coarse_cost=coarse_cost,
     )
     steps = max(MIN_FIRST_STEPS, budget.fitting_steps(0, settings.coarse))
@@ -388,3 +379,16 @@ def _measure_step(probe: Trainer, max_seconds: float, coarse: bool = False) -> f
             break
     # The mean, not the median: whatever disturbed these steps will disturb later ones too.
     return float(np.mean(seconds[warmup:]))
+
+
+def _measure_validation(probe: Trainer) -> float:
+    """Return the seconds of a validation, from a few samples."""
+    samples = probe.val[:4]
+    if probe.device != CPU:
+        # A GPU takes seconds for the first image of a size: it chooses and loads its kernels. Then
+        # a graph is recorded.
+        for _ in range(WARMUP_CALLS + 1):
+            validate(probe, samples[:1])
+    began = time.perf_counter()
+    validate(probe, samples)
+    return (time.perf_counter() - began) / max(1, len(samples)) * len(probe.val)

@@ -317,10 +317,10 @@ def _count(prediction: Tensor, native: NDArray[np.uint8], num_classes: int) -> T
     if prediction.device.type == "cpu":
         return torch.from_numpy(confusion(prediction.numpy(), native, num_classes))
     (label,) = move_arrays([native], prediction.device)
-    return count_pairs(prediction, label, num_classes)
+    return confusion_of_tensors(prediction, label, num_classes)
 
 
-def count_pairs(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+def confusion_of_tensors(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """Count what :func:`useg.scoring.metrics.confusion` counts, for tensors ``(H, W)``."""
     # Ignored pixels fall into rows from K on.
     pairs = label.long() * num_classes + prediction

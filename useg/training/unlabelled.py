@@ -51,7 +51,7 @@ COMPARED_AT = 0.4
 
 # In images, neighbouring pixels are alike: their correlation is at least this share of that of the
 # training images. In noise it is about 0.
-MIN_LIKENESS_SHARE = 0.5
+MIN_CORRELATION_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,19 @@ def read_colours(
         image = fit_bands(read_image(path), plan.channels, plan.pixels, str(path))
         return plan.working.prepare(image)
 
-    found = [(measure_colours(each), _likeness(each)) for each in in_parallel(read, paths)]
+    found = [
+        (measure_colours(each), _neighbour_correlation(each)) for each in in_parallel(read, paths)
+    ]
     known = [
-        (measure_colours(sample.image), _likeness(sample.image))
+        (measure_colours(sample.image), _neighbour_correlation(sample.image))
         for sample in pick_evenly(train, MAX_UNLABELLED)
     ]
     way_out = "give images of the place where the model will work, or leave them out"
-    likeness, usual = (float(np.median([each for _, each in part])) for part in (found, known))
-    if likeness < MIN_LIKENESS_SHARE * usual:
+    correlation, usual = (float(np.median([each for _, each in part])) for part in (found, known))
+    if correlation < MIN_CORRELATION_SHARE * usual:
         raise DataError(
             f"the images in {os.fspath(folder)} are noise: the correlation of neighbouring pixels "
-            f"is {likeness:.2f}, compared with {usual:.2f} in the training images; {way_out}"
+            f"is {correlation:.2f}, compared with {usual:.2f} in the training images; {way_out}"
         )
     flat, usually_flat = (
         np.mean([_is_flat(colours) for colours, _ in part]) for part in (found, known)
@@ -143,7 +145,7 @@ def read_colours(
     return np.stack([colours for colours, _ in found])
 
 
-def _likeness(image: Image) -> float:
+def _neighbour_correlation(image: Image) -> float:
     """Return the correlation of neighbouring pixels, the mean of all bands; 1 for a flat image."""
     pixels = image.astype(np.float64)
     variance = pixels.var((0, 1))
