@@ -984,3 +984,22 @@ def test_images_of_one_band_each_are_asked_to_be_joined(tmp_path: Path) -> None:
             save(tmp_path / "images" / f"{k}_{name}.png", np.ascontiguousarray(pixels[..., band]))
     with pytest.raises(DataError, match="join the bands of each image in one TIFF"):
         find_dataset(tmp_path)
+
+
+def test_masks_are_preferred_to_trimaps_in_each_part_of_a_data_set(tmp_path: Path) -> None:
+    """P3M-10k: only the images for validation have trimaps, and these have another name."""
+    places = {"train/blurred": range(8), "val/P/blurred": range(20, 24), "val/N/original": (30, 31)}
+    for place, numbers in places.items():
+        folder = tmp_path / place
+        for k in numbers:
+            image, label = yard(k)
+            save(folder.with_name(f"{folder.name}_image") / f"p{k}.jpg", image)
+            save(folder.with_name("mask") / f"p{k}.png", (label == 1).astype(np.uint8) * 255)
+            if k >= 20:
+                trimap = np.where(label == 1, 255, np.where(label == 2, 128, 0)).astype(np.uint8)
+                save(folder.with_name("trimap") / f"p{k}.png", trimap)
+    dataset = find_dataset(tmp_path)
+    assert len(dataset.of("train")) == 8
+    assert len(dataset.of("val")) == 6
+    assert {pair.mask.parent.name for pair in dataset.pairs} == {"mask"}
+    assert "trimap/*.png is called 'trimap'" in " ".join(dataset.notes)

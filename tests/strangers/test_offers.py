@@ -53,7 +53,7 @@ LAYOUTS = {
         2,
     ),
     "a backslash": ("images/{k}.png", ("seg \\one/{k}.png", "seg \\two/{k}.png"), 2),
-    "all for validation": ("val/images/{k}.png", ("val/gt_a/{k}.png", "val/gt_b/{k}.png"), 0),
+    "all for validation": ("val/images/{k}.png", ("val/gt_a/{k}.png", "val/gt_b/{k}.png"), 2),
     "a line break": ("images/{k}.png", ("seg\na/{k}.png", "seg\nb/{k}.png"), 0),
     "an ending that others have too": ("d/a{k}.jpg", ("d/a{k}_mask.png", "d/a{k}_cut_mask.png"), 2),
     "copies of some masks": ("images/{k}.png", ("seg/{k}.png", "seg/{k} - Copy.png @0-2"), 2),
@@ -117,6 +117,33 @@ def test_numbers_that_tell_images_from_masks_are_offered(tmp_path: Path, name: s
     assert "one number: those with 0 look like images, and those with 5 like masks" in said
     (tmp_path / "dataset.toml").write_text(offers[0])
     assert ask(tmp_path) == ("", [])
+
+
+def test_changes_between_two_images_are_offered_beside_the_classes_of_each(tmp_path: Path) -> None:
+    for k in range(8):
+        place = ("train", "val")[k > 5]
+        for date in (1, 2):
+            image, label = yard(k + 20 * date)
+            save(tmp_path / f"{place}/Image{date}/{k}.png", image)
+            save(tmp_path / f"{place}/label{date}/{k}.png", (label == date).astype(np.uint8) * 255)
+        changed = (yard(k + 20)[1] == 3).astype(np.uint8) * 255
+        save(tmp_path / f"{place}/label/{k}.png", changed)
+    said, offers = ask(tmp_path)
+    assert "If masks show what has changed between two images, join the bands" in said
+    assert sorted(offer.rstrip() for offer in offers) == [
+        'images = "*/Image*/*.png"\nmasks = "*/label[12]/*.png"',
+        'images = "*/Image1/*.png"\nmasks = "*/label/*.png"',
+        'images = "*/Image2/*.png"\nmasks = "*/label/*.png"',
+    ]
+    for offer in offers:
+        (tmp_path / "dataset.toml").write_text(offer, "utf-8")
+        assert ask(tmp_path) == ("", [])
+
+
+def test_a_glob_leaves_out_a_folder_whose_name_begins_alike() -> None:
+    files = [Path(f"d/label{k}/{n}.png") for k in (1, 2) for n in (3, 4)]
+    assert common_glob(files, Path("d"), [*files, Path("d/label/3.png")]) == "label[12]/*.png"
+    assert common_glob(files, Path("d"), [*files, Path("d/labels/old/3.png")]) == "label*/*.png"
 
 
 def test_a_glob_names_the_folders_below_those_of_unequal_depth() -> None:

@@ -514,7 +514,7 @@ def _try_settings(candidate: Candidate, folder: Path, file: Path, files: Sequenc
     found = _follow("\n".join(lines), folder, file)
     if found is None or {pair.image: pair.mask for pair in found.pairs} != dict(candidate.masks):
         return ""
-    return "\n".join((*lines, *_skip_missing(found)))
+    return "\n".join((*lines, *_skip_missing(found), *_use_for_training(found, images)))
 
 
 def _follow(option: str, folder: Path, file: Path) -> DetectedLayout | None:
@@ -540,13 +540,20 @@ def _parse(option: str, file: Path) -> GlobSettings | None:
 
 
 def _can_train(found: DetectedLayout) -> bool:
-    """Return whether pairs have some for training, and no mask is left."""
-    return any(pair.split in ("", "train") for pair in found.pairs) and not found.masks
+    """Return whether there are pairs, and no mask is left."""
+    return bool(found.pairs) and not found.masks
 
 
 def _skip_missing(found: DetectedLayout) -> list[str]:
     """Return the line of a dataset.toml that leaves out images without a mask, if there are any."""
     return ['missing = "skip"'] * bool(found.images)
+
+
+def _use_for_training(found: DetectedLayout, images: str) -> list[str]:
+    """Return the lines of a dataset.toml that train on pairs of which none is for training."""
+    if any(pair.split in ("", "train") for pair in found.pairs):
+        return []
+    return ["[splits]", f"train = {quote_toml(images)}"]
 
 
 def _find_class_masks(
@@ -574,7 +581,8 @@ def _describe_class_masks(settings: GlobSettings, found: DetectedLayout, file: P
     globs = [f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in settings.class_masks]
     if _parse("\n".join((images, "[masks]", *globs)), file) != settings or not _can_train(found):
         return ""
-    return "\n".join((images, *_skip_missing(found), "[masks]", *globs))
+    splits = _use_for_training(found, settings.images)
+    return "\n".join((images, *_skip_missing(found), "[masks]", *globs, *splits))
 
 
 def quote_toml(text: str) -> str:

@@ -15,7 +15,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -347,7 +347,9 @@ def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -
         ends = [_common_folder([parts[-k] for parts in folders]) for k in range(1, fewest + 1)]
         last = [*itertools.dropwhile("*".__eq__, reversed(ends[: fewest - constant]))]
         shared = [*shared[:constant], "**", *last]
-    places, own = {path.parent for path in files}, set(files)
+    known, places, own = list(known), {path.parent for path in files}, set(files)
+    if "**" not in shared:
+        shared = _leave_out_folders(shared, places, {path.parent for path in known}, root)
     others = [path.name for path in known if path.parent in places and path not in own]
     name = ""
     for name in _globs_of_names(inside):
@@ -389,6 +391,41 @@ def _common_folder(names: Sequence[str]) -> str:
         return glob.escape(names[0])
     start, end = _common_ends(names)
     return "*".join(text if re.search(r"[^\W\d_]", text) else "" for text in (start, end))
+
+
+def _leave_out_folders(
+    globs: Sequence[str], places: Set[Path], known: Set[Path], root: Path
+) -> list[str]:
+    """Return globs for the parts of folders that fit no others, if a set of characters does that.
+
+    ``label*`` for ``label1`` and ``label2`` becomes ``label[12]`` beside ``label``.
+    """
+    rows, others = (
+        [path.relative_to(root).parts for path in paths if path.is_relative_to(root)]
+        for paths in (places, known - places)
+    )
+    fitting = [
+        parts
+        for parts in others
+        if len(parts) == len(globs) and all(map(fnmatchcase, parts, globs))
+    ]
+    exact = list(globs)
+    for k, pattern in enumerate(globs):
+        names = {parts[k] for parts in rows}
+        if "*" in pattern and any(parts[k] not in names for parts in fitting):
+            exact[k] = _set_of_characters(sorted(names)) or pattern
+    return exact
+
+
+def _set_of_characters(names: Sequence[str]) -> str:
+    """Return a glob for names that differ in one letter or digit, or ``""``."""
+    same = itertools.takewhile(lambda row: len(set(row)) == 1, zip(*names, strict=False))
+    start = "".join(row[0] for row in same)
+    middles = {name[len(start) : len(start) + 1] for name in names}
+    ends = {name[len(start) + 1 :] for name in names}
+    if len(ends) > 1 or not all(map(str.isalnum, middles)):
+        return ""
+    return f"{glob.escape(start)}[{''.join(sorted(middles))}]{glob.escape(ends.pop())}"
 
 
 def _common_ends(texts: Sequence[str]) -> tuple[str, str]:

@@ -73,7 +73,7 @@ OTHER_WORDS = PREDICTION_WORDS | frozenset(
         *("overlay", "overlays", "preview", "previews", "thumb", "thumbs", "thumbnail"),
         *("thumbnails", "depth", "disparity", "dem", "dsm", "ndsm", "elevation", "elevations"),
         *("confidence", "certainty", "uncertainty", "heatmap", "heatmaps", "bbox", "bboxes"),
-        *("boundary", "boundaries"),
+        *("boundary", "boundaries", "trimap", "trimaps"),
         *("edge", "edges", "scribble", "scribbles", "border", "borders", "contour", "contours"),
     ]
 )

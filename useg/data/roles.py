@@ -50,6 +50,10 @@ _MAX_FILES_OF_ONE_PAIR = 5
 _OTHER_IMAGE_WORDS = OTHER_WORDS - {"color", "colors", "colour", "colours", "colored"}
 # What has masks is called so, as in labeled_train/images, and not only the masks.
 _HAVING_MASKS = frozenset(["labeled", "labelled"])
+_JOIN_ADVICE = (
+    "join the bands of each image in one TIFF or .npy: numpy.save('images/NAME.npy', "
+    "numpy.dstack([one, other]))"
+)
 # A set of masks for a smaller share of the images is not weighed against the others.
 _MIN_RIVAL_SHARE = 0.1
 
@@ -340,8 +344,7 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     raise OpenChoiceError(
         f"there are {len(sets)} sets of images for the same masks: {listed}, and it is unclear "
         f"which of them to use. The masks are {masks_listed}. If these sets are bands of the same "
-        "images, or if the masks show what has changed between them, join the bands of each image "
-        "in one TIFF or .npy: numpy.save('images/NAME.npy', numpy.dstack([one, other]))",
+        f"images, or if the masks show what has changed between them, {_JOIN_ADVICE}",
         _as_candidates(sets, files),
         _keep_equally_good(truths),
     )
@@ -489,27 +492,63 @@ def _choose_masks(
     candidates = _as_candidates(sets, files)
     try:
         choice = choose_truth(candidates)
-    except OpenChoiceError:
-        joined = [_join_series(link, links, files) for link in sets]
+    except OpenChoiceError as error:
+        joined = [_join_series(link, links, sets, files) for link in sets]
         sets = [
             link
             for k, link in enumerate(joined)
             if not any(link.partners.items() <= other.partners.items() for other in joined[:k])
         ]
         if len(sets) < 2 or all(link in links for link in sets):
-            raise
+            raise _add_other_images(error, sets, links, files) from error
         candidates = _as_candidates(sets, files)
         choice = choose_truth(candidates)
     view = choice.field_of_view.name if choice.field_of_view else ""
     return sets[candidates.index(choice.chosen)], choice.notes, view
 
 
-def _join_series(link: Link, links: Sequence[Link], files: NamedFiles) -> Link:
-    """Add the pairs of links to further masks of the same series, whose images lie beside these."""
+def _add_other_images(
+    error: OpenChoiceError, sets: Sequence[Link], links: Sequence[Link], files: NamedFiles
+) -> OpenChoiceError:
+    """Add to an open choice what leads from other images to one of its sets of masks.
+
+    So ``label`` beside ``label1`` and ``label2`` shows the changes between two images.
+    """
+    added = _distinct(
+        (
+            other
+            for other in links
+            for link in sets
+            if set(other.partners.values()) == set(link.partners.values())
+            and not set(other.partners) & set(link.partners)
+        ),
+        of_images=True,
+    )
+    if not added:
+        return error
+    others = _as_candidates(added, files)
+    return OpenChoiceError(
+        f"{error}. If masks show what has changed between two images, {_JOIN_ADVICE}",
+        (*error.candidates, *others),
+        (*error.left, *others),
+    )
+
+
+def _join_series(
+    link: Link, links: Sequence[Link], sets: Sequence[Link], files: NamedFiles
+) -> Link:
+    """Add the pairs of links to further masks of the same series, whose images lie beside these.
+
+    Masks of another one of the sets for these images are no further masks.
+    """
     partners = dict(link.partners)
+    rivals = [each for each in sets if each is not link and set(each.partners) & set(partners)]
+    taken = {mask for each in rivals for mask in each.partners.values()}
     for other in links:
         added = other.partners
         if {*added, *added.values()} & {*partners, *partners.values()}:
+            continue
+        if taken.intersection(added.values()):
             continue
         words = [
             set(filter(str.isalpha, files.constants(each.values()))) for each in (partners, added)
