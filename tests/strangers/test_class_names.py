@@ -60,6 +60,13 @@ FILES_OF_IDS = {
     "meta.json": json.dumps(
         {"classes": [{"title": n, "color": h, "id": k} for k, (n, _, h) in enumerate(ROWS)]}
     ),
+    "mapping.json": json.dumps(NAMES),
+    "mapping_of_rows.json": json.dumps(list(enumerate(NAMES))),
+    "mapping_to_lists.json": json.dumps({k: [name] for k, name in enumerate(NAMES)}),
+    "ids_in_lists.json": json.dumps({name: [k] for k, name in enumerate(NAMES)}),
+    "numbered_labels.json": json.dumps([{"label": k, "name": n} for k, n in enumerate(NAMES)]),
+    "legend.json": json.dumps([{"grey": k, "meaning": n} for k, n in enumerate(NAMES)]),
+    "columns.json": json.dumps({"ids": [0, 1, 2, 3], "names": NAMES}),
     "config.json": json.dumps({"labels": [{"name": n, "color": c} for n, c, _ in ROWS]}),
     "data.yaml": f"path: .\nnc: 4\nnames: {json.dumps(NAMES)}\n",
     "names.yaml": "names:\n" + "".join(f"  {k}: {name}\n" for k, name in enumerate(NAMES)),
@@ -99,6 +106,16 @@ FILES_OF_COLORS = {
     "classes.json": json.dumps({"classes": [*({"name": n, "color": h} for n, _, h in ROWS)]})[:-2]
     + ', {"name": "cat", "color": "#000009"}]}',
     "colors.json": json.dumps({**{n: c for n, c, _ in ROWS}, "cat": [0, 0, 9]}),
+    "mapping.json": json.dumps(
+        {k: {"name": n, "color": c} for k, (n, c, _) in enumerate([*ROWS, ("cat", [0, 0, 9], "")])}
+    ),
+    "rows.json": json.dumps([*([n, c] for n, c, _ in ROWS), ["cat", [0, 0, 9]]]),
+    "columns.json": json.dumps(
+        {"classes": [*NAMES, "cat"], "palette": [*COLORS.tolist(), [0, 0, 9]]}
+    ),
+    "css.json": json.dumps(
+        {**{n: "rgb({}, {}, {})".format(*c) for n, c, _ in ROWS}, "cat": "rgba(0,0,9,1)"}
+    ),
     "hex.json": json.dumps({**{h: n for n, _, h in ROWS}, "#000009": "cat"}),
     "ids_and_colors.csv": "".join(
         f"{k + 7},{n},{c[0]},{c[1]},{c[2]}\n" for k, (n, c, _) in enumerate(ROWS)
@@ -271,6 +288,21 @@ UNRELATED = {
     "image-labels.csv": "video_01,Lower GI,polyps\nvideo_02,Upper GI,z-line\n",
     "labels.json": json.dumps({"categories": [{"id": 1, "name": "Cell"}, {"id": 2, "name": "Nu"}]}),
 }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"photo": k, "place": name} for k, name in enumerate(("a", "b", "b", "c"))],
+        [{"count": k, "place": name, "by": "me"} for k, name in enumerate("abcd")],
+        {"classes": list(NAMES), "counts": [9, 7, 5]},
+        [["a", "b"], ["c", "d"]],
+    ],
+)
+def test_json_of_something_else_gives_masks_no_ids(tmp_path: Path, content: object) -> None:
+    write_yards(tmp_path, lambda label: label)
+    (tmp_path / "statistics.json").write_text(json.dumps(content))
+    assert not any("statistics.json'; a classes.toml" in note for note in decide(tmp_path).notes)
 
 
 @pytest.mark.parametrize("name", UNRELATED)

@@ -49,9 +49,13 @@ MAX_CLASS_VALUES = 255
 _MAX_FILES_OF_A_SUFFIX = 8
 # Values of nested JSON that are looked at.
 _MAX_NODES = 100_000
+# Fields of a class in a list of lists: its name, id and colour, and some more.
+_MAX_ROW_LENGTH = 10
 
 # Files that list names alone; other lists are those of images.
-_IS_LIST_OF_NAMES = re.compile(r"class|code|label|name|categor|palette|legend", re.IGNORECASE)
+_IS_LIST_OF_NAMES = re.compile(
+    r"class|code|label|name|categor|palette|legend|mapping", re.IGNORECASE
+)
 
 _NAME_KEYS = (
     "name",
@@ -202,9 +206,9 @@ def read_name_file(file: Path) -> list[NamedClasses]:
             most = _MAX_YAML_BYTES if is_yaml else _MAX_BYTES if is_json else _MAX_TABLE_BYTES
             text = decode_text(read_limited(file, most), "replace")
             if is_json:
-                lists = _lists_of(json.loads(text))
+                lists = _lists_of(json.loads(text), file.stem)
             elif is_yaml:
-                lists = _lists_of(parse_yaml(text))
+                lists = _lists_of(parse_yaml(text), file.stem)
             else:
                 lists = iter([_read_table(text, _IS_LIST_OF_NAMES.search(file.stem) is not None)])
         found = [tuple(dict.fromkeys(classes)) for classes in lists]
@@ -347,6 +351,7 @@ def _to_color(value: Any) -> Color | None:
         if match := _HEX_COLOR.fullmatch(value.strip()):
             code = int(match[1], 16)
             return code >> 16, code >> 8 & 255, code & 255
+        value = re.sub(r"^\s*rgba?(?=\()", "", value)
         value = re.findall(r"\d+", value) if re.fullmatch(r"[\s\d,()\[\]]+", value) else []
     if isinstance(value, Mapping):
         value = [value.get(short, value.get(long)) for short, long in _CHANNELS]
@@ -364,9 +369,9 @@ def _to_color(value: Any) -> Color | None:
 # Nested content
 
 
-def _lists_of(content: Any) -> Iterator[list[NamedClass]]:
+def _lists_of(content: Any, stem: str) -> Iterator[list[NamedClass]]:
     """Find lists of classes in what a JSON or YAML file holds, from the outside in."""
-    nodes: list[tuple[str, Any]] = [("", content)]
+    nodes: list[tuple[str, Any]] = [(stem, content)]
     for key, node in nodes:
         if len(nodes) > _MAX_NODES:
             return
@@ -375,16 +380,31 @@ def _lists_of(content: Any) -> Iterator[list[NamedClass]]:
             nodes += [(key, each) for each in node if isinstance(each, dict | list)]
         elif isinstance(node, dict):
             yield _classes_of_dict(node)
+            yield _classes_of_columns(node)
             nodes += [(str(inner), each) for inner, each in node.items()]
 
 
 def _classes_of_list(key: str, node: Sequence[Any]) -> list[NamedClass]:
+    """Read a list of records, of rows such as ``["road", [128, 64, 128]]``, or of names."""
     if all(isinstance(each, dict) for each in node):
         return _complete(_class_of_dict(each) for each in node)
+    if len(node) > 1 and all(map(_is_row_with_text, node)):
+        return _read_rows([_flatten_row(each) for each in node])
     is_named = _IS_LIST_OF_NAMES.search(key) is not None
     if is_named and all(isinstance(each, str) for each in node):
         return [NamedClass(each) for each in node]
     return []
+
+
+def _is_row_with_text(row: Any) -> bool:
+    is_short = isinstance(row, list) and len(row) <= _MAX_ROW_LENGTH
+    return is_short and any(isinstance(part, str) for part in row)
+
+
+def _flatten_row(row: Sequence[Any]) -> list[str]:
+    """``["road", [128, 64, 128]]`` -> ``["road", "128", "64", "128"]``."""
+    parts = [part if isinstance(part, list) else [part] for part in row]
+    return [str(value) for part in parts for value in part]
 
 
 def _class_of_dict(node: Mapping[Any, Any], name: str = "") -> NamedClass | None:
@@ -392,17 +412,37 @@ def _class_of_dict(node: Mapping[Any, Any], name: str = "") -> NamedClass | None
     name = name or next(
         (lowered[key] for key in _NAME_KEYS if isinstance(lowered.get(key), str)), ""
     )
-    number = next((n for key in _ID_KEYS if (n := _to_int(lowered.get(key))) is not None), None)
+    # A label may be a number beside a name.
+    keys = (*_ID_KEYS, *_NAME_KEYS)
+    number = next((n for key in keys if (n := _to_int(lowered.get(key))) is not None), None)
     color = next((c for key in _COLOR_KEYS if (c := _to_color(lowered.get(key)))), None)
     color = color or _to_color(lowered)
+    if not name:
+        name, number = _find_other_keys(lowered, number)
     has_more = number is not None or color is not None
     return NamedClass(name, number, color) if name and has_more else None
+
+
+def _find_other_keys(node: Mapping[str, Any], number: int | None) -> tuple[str, int | None]:
+    """Return the only text and the only number in a record with unknown keys, such as ``source``.
+
+    The text is ``""`` if there are several.
+    """
+    values = node.values()
+    texts = [text for text in values if isinstance(text, str) and _IN_NAME.match(text)]
+    texts = [text for text in texts if _to_color(text) is None]
+    numbers = [each for value in values if (each := _to_int(value)) is not None]
+    if len(texts) != 1:
+        return "", number
+    return texts[0], numbers[0] if number is None and len(numbers) == 1 else number
 
 
 def _classes_of_dict(node: Mapping[Any, Any]) -> list[NamedClass]:
     """Read ``{name: id}``, ``{name: colour}``, ``{id: name}`` or ``{colour: name}``."""
 
     def read(one: Any, other: Any) -> NamedClass | None:
+        if isinstance(other, list) and len(other) == 1:
+            other = other[0]
         number = _to_int(one)
         if isinstance(other, str) and number is not None and _to_int(other) is None:
             return NamedClass(other, number)
@@ -411,7 +451,9 @@ def _classes_of_dict(node: Mapping[Any, Any]) -> list[NamedClass]:
         if isinstance(other, Mapping) and (number is not None or _to_color(str(one))):
             # Omniverse: "(255, 0, 0, 255)": {"class": "car"}.
             name = next((other[key] for key in _NAME_KEYS if isinstance(other.get(key), str)), "")
-            return NamedClass(name, number, _to_color(str(one))) if name else None
+            inner = _class_of_dict(other)
+            color = _to_color(str(one)) or (inner.color if inner else None)
+            return NamedClass(name, number, color) if name else None
         if not isinstance(one, str) or number is not None:
             return None
         if (number := _to_int(other)) is not None:
@@ -422,6 +464,24 @@ def _classes_of_dict(node: Mapping[Any, Any]) -> list[NamedClass]:
         return NamedClass(one, None, color) if color else None
 
     return _complete(read(one, other) for one, other in node.items()) if len(node) > 1 else []
+
+
+def _classes_of_columns(node: Mapping[Any, Any]) -> list[NamedClass]:
+    """Read ``{"classes": [names], "palette": [colours]}``, or ids instead of colours."""
+    columns = [
+        (str(key), value)
+        for key, value in node.items()
+        if isinstance(value, list) and 1 < len(value) <= MAX_CLASS_VALUES
+    ]
+    for key, names in columns:
+        if not _IS_LIST_OF_NAMES.search(key) or not all(isinstance(name, str) for name in names):
+            continue
+        for _, values in columns:
+            colors, ids = [*map(_to_color, values)], [*map(_to_int, values)]
+            rows = zip(names, ids, colors, strict=False)
+            if len(values) == len(names) and (None not in colors or None not in ids):
+                return [NamedClass(name, number, color) for name, number, color in rows]
+    return []
 
 
 def _complete(classes: Iterable[NamedClass | None]) -> list[NamedClass]:
