@@ -3,6 +3,7 @@ readable."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,41 @@ def test_a_format_of_slides_is_said_before_that_of_their_outlines(tmp_path: Path
         (tmp_path / name).write_text("{}")
     with pytest.raises(DataError, match=r"does not read \.svs files: convert them to TIFF"):
         find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["_parts_1.png", "_atr.txt", ".json"])
+def test_colours_of_classes_and_objects_become_masks_of_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    """The full ADE20K."""
+    names, labels = np.array(["sky", "house", "lawn", "ball"]), []
+    for k in range(6):
+        pixels, label = yard(k)
+        stem = f"data/images/{'training' if k < 4 else 'validation'}/yard/ADE_{k:08}"
+        save(tmp_path / f"{stem}.jpg", pixels)
+        number = label.astype(int) + 300
+        objects = (number * 37 + k) % 200
+        colors = np.stack([number // 256 * 10, number % 256, objects], -1)
+        save(tmp_path / f"{stem}_seg.png", colors.astype(np.uint8))
+        if beside == ".json":
+            about = [{"name_ndx": 300 + n, "name": str(names[n])} for n in range(4)]
+            (tmp_path / f"{stem}.json").write_text(json.dumps({"annotation": {"object": about}}))
+        elif beside == "_atr.txt":
+            (tmp_path / f"{stem}_atr.txt").write_text('001 # 0 # 0 # sky # sky # ""\n')
+        else:
+            parts = np.stack([label * 0, label * 7, label * 0], -1)
+            save(tmp_path / f"{stem}_parts_1.png", parts)
+        labels.append(label)
+    said = run_lines(tmp_path / "data", monkeypatch)
+    assert "full ADE20K" in said
+    assert "R // 10 * 256 + G" in said
+    dataset = find_dataset(tmp_path / "OUT")
+    assert [pair.split for pair in dataset.pairs] == ["train"] * 4 + ["val"] * 2
+    for pair, label in zip(dataset.pairs, labels, strict=True):
+        named = np.array(dataset.classes.names)[read_label(pair, dataset)]
+        if beside == ".json":
+            assert (named == names[label]).all()
+        assert len(np.unique(label)) == len(np.unique(named))
 
 
 def test_masks_of_single_objects_become_one_mask_for_each_image(

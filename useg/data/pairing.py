@@ -26,7 +26,12 @@ from useg.data.file_names import (
     split_name,
 )
 from useg.data.ground_truth import OTHER_WORDS, describe_constant_shape, is_two_valued
-from useg.data.object_masks import find_object_masks, join_masks, words_of_folder
+from useg.data.object_masks import (
+    find_object_masks,
+    join_masks,
+    refuse_ade20k,
+    words_of_folder,
+)
 from useg.data.official_splits import find_splits, leave_for_prediction
 from useg.data.published_classes import TABLES_BY_NAME
 from useg.data.roles import (
@@ -128,6 +133,7 @@ def _pair_names(root: Path, everything: Sequence[Path]) -> DetectedLayout | None
         return found
     files = NamedFiles(root, paths)
     links = links_to_masks(files)
+    refuse_ade20k(root, (files.paths[name] for link in links for name in link.partners.values()))
     parts = list(choose_pairs(links, files))
     _refuse_exchanged_names(parts, files)
     return _to_layout(parts, files) if parts else None
