@@ -107,8 +107,8 @@ class ModelSettings(_Settings):
     )
     width: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None,
-        description="channels at full resolution; more are more accurate but slower (1 to 1024; 64 "
-        "in the paper)",
+        description="number of channels at full resolution; a wider network is more accurate but "
+        "slower (1 to 1024; 64 in the paper)",
     )
     depth: Annotated[int, Field(ge=1, le=7)] | None = Field(
         None, description="number of poolings of the plain U-Net (1 to 7; 4 in the paper)"
@@ -216,7 +216,7 @@ class TrainSettings(_Settings):
         (),
         max_length=10_000,
         description="written by useg: changes of the number of threads, because other programs "
-        "started or stopped using cores, as [step, threads after it]",
+        "started or stopped using cores, as [step, number of threads from then on]",
     )
     unlabelled_from: StepCount | None = Field(
         None,

@@ -322,15 +322,15 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
 
 
 def _describe_unlike(unlike: Sequence[Path], num_labelled: int) -> list[str]:
-    """Name the images that are unlike the training images, if there are any."""
+    """Name the images that differ from the training images, if there are any."""
     if not unlike:
         return []
     more = f" and {len(unlike) - 3:,} more" if len(unlike) > 3 else ""
     names = ", ".join(printable(path.name) for path in unlike[:3])
-    look = "looks" if len(unlike) == 1 else "look"
+    differ = "differs" if len(unlike) == 1 else "differ"
     return [
-        f"{len(unlike):,} of {format_count(num_labelled, 'image')} {look} unlike the training "
-        f"images (brightness, contrast, colours or sharpness): {names}{more}; expect more errors "
+        f"{len(unlike):,} of {format_count(num_labelled, 'image')} {differ} from the training "
+        f"images in brightness, contrast, colours or sharpness: {names}{more}; expect more errors "
         "there"
     ]
 

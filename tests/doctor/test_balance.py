@@ -145,7 +145,7 @@ def test_absent_and_rare_classes_are_named(tmp_path: Path) -> None:
     write_mask(tmp_path, "ash", label)
     survey = survey_folder(tmp_path)
     absent = finding_of_kind(survey, "class without pixels")
-    assert absent.message == "no pixel belongs to sign"
+    assert absent.message == "no mask contains sign"
     rare = finding_of_kind(survey, "rare class")
     assert rare.message == "rare classes (below 0.5 % of the pixels): road (0.06 %)"
 

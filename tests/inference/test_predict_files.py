@@ -341,8 +341,8 @@ def test_images_unlike_the_training_images_are_named(
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["unlike_training"] == [str(folder / "night.png")]
     assert (
-        "1 of 4 images looks unlike the training images (brightness, contrast, colours or "
-        "sharpness): night.png; expect more errors there"
+        "1 of 4 images differs from the training images in brightness, contrast, colours or "
+        "sharpness: night.png; expect more errors there"
     ) in capsys.readouterr().out
 
 

@@ -45,7 +45,7 @@ def test_inspect_prints_the_command_that_shows_faulty_masks_first(
         folder, state = site.ask("/folder").json, site.ask("/state").json
         k = max(range(len(state["priorities"])), key=state["priorities"].__getitem__)
         assert folder["images"][k]["name"] == find_file(cells, 11).name
-        assert "is shifted against its image" in folder["images"][k]["finding"]
+        assert "is shifted relative to its image" in folder["images"][k]["finding"]
         assert [name for name, state in enumerate(state["states"]) if state != "done"] == [k]
 
 

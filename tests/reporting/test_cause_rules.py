@@ -61,7 +61,7 @@ def test_causes_name_evidence_and_remedy(scenes: list[SceneFiles], tmp_path: Pat
         "the held-out images differ from the training images: they are darker and lower in contrast"
     )
     assert causes["class share"].message == (
-        "the share of Sidewalks is far larger in the held-out images than in the training images"
+        "the share of Sidewalks is much larger in the held-out images than in the training images"
     )
 
 

@@ -116,7 +116,7 @@ def test_all_images_of_other_data_are_scored_if_the_classes_agree(
     assert code == 0
     assert "note: scored all 30 images, because the model was not trained on other" in out
     assert "the mean IoU of 1 class was 90.0 % on the images held out in training, and is" in out
-    assert "30 of 30 images look unlike the training images" in out
+    assert "30 of 30 images differ from the training images" in out
 
     lines = [f'[[class]]\nname = "{name}"\nvalue = {k}' for k, name in enumerate(names)]
     (other / "classes.toml").write_text("\n".join(lines))

@@ -120,7 +120,7 @@ def test_responses_that_nobody_reads_have_one_limit(
         answer = site.ask("/predict?format=probabilities", encoded(picture(1000, 700)))
         assert (answer.status, answer.json["error"]) == (
             503,
-            "too many responses wait for clients to read them; try again in 2 seconds",
+            "too many responses are waiting for their clients to read them; try again in 2 seconds",
         )
         # A small one always finds room.
         assert site.ask("/predict?format=probabilities", encoded(picture())).status == 200

@@ -406,7 +406,7 @@ def test_running_out_of_memory_is_a_503(site: Site, monkeypatch: pytest.MonkeyPa
     answer = site.ask("/predict", encoded(picture()))
     assert (answer.status, answer.json) == (
         503,
-        {"error": "there is not enough memory for this image now; try again in 2 seconds"},
+        {"error": "there is currently not enough memory for this image; try again in 2 seconds"},
     )
 
 

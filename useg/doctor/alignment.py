@@ -190,7 +190,7 @@ def check_common_shift(data: MeasuredDataset) -> Iterator[Finding]:
         "shifted masks",
         "error",
         tuple(each.pair.mask for each in usual.measurements),
-        "all masks are shifted against their images: "
+        "all masks are shifted relative to their images: "
         f"{format_count(len(usual.measurements), 'mask')} fit the edges of their images "
         f"best when moved {where}",
         "correct the export that made the masks",
@@ -293,11 +293,11 @@ def check_common_placement(data: MeasuredDataset) -> Iterator[Finding]:
             "warning",
             masks,
             f"the masks are {size} than what the images show: {fit}",
-            "view some images with their masks: the masks have another scale, or their outlines "
+            "look at some images with their masks: the masks have another scale, or their outlines "
             f"are drawn too {width}",
         )
         return
-    what = "are shifted against" if any(placement.shift) else "have another scale than"
+    what = "are shifted relative to" if any(placement.shift) else "have another scale than"
     yield Finding(
         "misplaced masks",
         "error",
@@ -407,9 +407,9 @@ def check_exchanged_tiles(data: MeasuredDataset) -> Iterator[Finding]:
         "rows and columns of tiles exchanged",
         "error",
         tuple(one.pair.mask for one, _ in partners),
-        "the masks do not fit their images, but do if the row and the column in the names of the "
-        f"tiles are exchanged: '{data.name(other.pair.mask)}' fits '{data.pair_name(each)}'",
-        "number the tiles of images and masks alike",
+        "the masks do not fit their images, but they do if row and column are swapped in the names "
+        f"of the tiles: '{data.name(other.pair.mask)}' fits '{data.pair_name(each)}'",
+        "number the tiles of images and masks in the same way",
         tuple(
             Repair(one.pair, f"mask: that of {data.pair_name(two)}", mask_source=two.pair)
             for one, two in partners
@@ -456,7 +456,8 @@ def check_exchanged_masks(data: MeasuredDataset) -> Iterator[Finding]:
             (),
             "the masks match the edges in their own images no better than the edges in other "
             "images",
-            "view some images with their masks: names may pair files that do not belong together",
+            "look at some images with their masks: the names may pair files that do not belong "
+            "together",
         )
         return
     suspect, image = suspects[next(iter(found))], next(iter(found.values()))
@@ -467,7 +468,7 @@ def check_exchanged_masks(data: MeasuredDataset) -> Iterator[Finding]:
         "the masks do not fit their images, and at least "
         f"{format_count(len(found), 'mask')} of {len(suspects)} fit another image: "
         f"'{data.name(suspect.measurement.pair.mask)}' fits '{data.pair_name(image)}'",
-        "give each image its own mask: names pair files that do not belong together",
+        "give each image its own mask: the names pair files that do not belong together",
     )
 
 

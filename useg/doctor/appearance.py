@@ -135,9 +135,9 @@ def check_negative_images(data: MeasuredDataset) -> Iterator[Finding]:
         files,
         f"{len(files)} of {format_count(len(data.complete), 'image')} {what} of the others: "
         f"classes that are bright in '{data.name(beside)}' are dark in '{data.name(files[0])}', "
-        "and the other way round",
-        "if that is a mistake, invert them; if new images will be of both kinds, keep both in "
-        "training",
+        "and vice versa",
+        "if that is a mistake, invert them; if there will be new images of both kinds, train on "
+        "both",
         evidence={"beside": beside},
     )
 
@@ -181,7 +181,7 @@ def check_exchanged_image_colors(data: MeasuredDataset) -> Iterator[Finding]:
                 f"{format_count(len(files), 'image')}, such as '{data.name(files[0])}', seem to "
                 "have red and blue exchanged: once exchanged back, their classes have the same "
                 f"colours as in the other images, such as '{data.name(beside)}'",
-                "view them; if the colours are wrong, save them in the order red, green, blue "
+                "look at them; if the colours are wrong, save them in the order red, green, blue "
                 "(OpenCV writes and expects blue, green, red)",
                 evidence={"beside": beside},
             )
@@ -275,8 +275,8 @@ def _undrawn_class(
         f"'{data.name(files[0])}'"
     )
     remedy = (
-        f"view them: if {names[k]} was not drawn in them, draw it, or leave them out with the "
-        "split gap in a split.csv"
+        f"look at them: if {names[k]} was not labelled in them, label it, or leave them out: give "
+        "them the split gap in a split.csv"
     )
     if instead is None:
         return Finding(

@@ -99,7 +99,7 @@ def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
             "class without pixels",
             "warning",
             (),
-            f"no pixel belongs to {join_names(absent)}",
+            f"no mask contains {join_names(absent)}",
             "add images that show it, or remove it from classes.toml",
         )
     rare = [
@@ -176,7 +176,7 @@ def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
             (),
             f"the splits differ in {join_names(described)}",
             "scores on such a split say little about other images; hold out blocks of several "
-            "places, or report the difference with the score",
+            "places, or mention the difference beside the score",
         )
 
 
@@ -207,10 +207,10 @@ def check_grey_split(data: MeasuredDataset) -> Iterator[Finding]:
             "colours of splits differ",
             "warning",
             files,
-            f"{100 * shares[0]:.0f} % of the images of train are grey and {100 * shares[1]:.0f} % "
-            f"of those of {split}, such as '{data.name(files[0])}'",
-            f"save all images in the same way, or have both kinds in train; otherwise the scores "
-            f"on {split} are those of a model that never saw such images",
+            f"{100 * shares[0]:.0f} % of the images in train are grey, but {100 * shares[1]:.0f} % "
+            f"of those in {split}, such as '{data.name(files[0])}'",
+            f"save all images in the same way, or put both kinds into train; otherwise the scores "
+            f"on {split} are those of a model that has never seen such images",
         )
 
 
@@ -240,11 +240,11 @@ def check_split_sizes(data: MeasuredDataset) -> Iterator[Finding]:
             "sizes of splits differ",
             "warning",
             files,
-            f"the images of {split}, such as '{data.name(files[0])}', are "
+            f"the images in {split}, such as '{data.name(files[0])}', are "
             f"{ratio:.1f} times {'smaller' if is_smaller else 'larger'} in width and height than "
-            "those of train",
-            f"if they show the same things, their scale differs, and the scores on {split} are "
-            "those of this scale: save all images at one scale; if they are crops, ignore this "
+            "those in train",
+            f"if they show the same things, their scale differs, and the scores on {split} apply "
+            "to this scale only: save all images at one scale; if they are crops, ignore this "
             "warning",
         )
 

@@ -351,7 +351,7 @@ def _renumbered_masks(
 ) -> Finding:
     values = "0, 1, 2 and so on without a gap" if are_first else "0 and 255"
     masks = f"{format_count(len(files), 'mask')}, such as '{data.name(files[0])}',"
-    message = f"every mask has the values {values}, although {masks} have fewer values than others"
+    message = f"every mask has the values {values}, but {masks} have fewer values than the others"
     remedy = (
         "save each class with the same value in all masks: np.unique(return_inverse=True), "
         "LabelEncoder and stretching to 0-255 number the classes of each mask separately"

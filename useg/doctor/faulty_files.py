@@ -352,8 +352,8 @@ def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
             "odd exposure",
             "warning",
             files,
-            f"'{data.name(files[0])}' is far {tone} than all others and has little contrast{more}",
-            "check that it is the image that its mask labels",
+            f"'{data.name(files[0])}' is much {tone} than all others and has little contrast{more}",
+            "check that the image and its mask belong together",
         )
 
 
@@ -393,7 +393,7 @@ def _blank_image(data: MeasuredDataset, pair: Pair, *, is_dark: bool) -> Finding
         "blank image",
         "error",
         (pair.image,),
-        f"'{data.name(pair.image)}' is blank: it has one {'dark' if is_dark else 'bright'} tone",
+        f"'{data.name(pair.image)}' is blank: it is uniformly {'dark' if is_dark else 'bright'}",
         "remove the pair, or supply the right image",
         (Repair(pair, "left out: the image is blank", leave_out=True, is_doubtful=True),),
     )

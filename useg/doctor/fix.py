@@ -39,7 +39,7 @@ from useg.machine import in_parallel
 from useg.ownership import recognize_none
 from useg.parsing import printable
 
-_UNREPAIRED = "left out: its mask cannot be repaired to have the image's size and only known values"
+_UNREPAIRED = "left out: after all repairs, its mask has another size or unknown values"
 
 # Files of the description. The last one refers to the others, so it is written last.
 DESCRIPTION_FILES = ("classes.toml", "split.csv", "dataset.toml")

@@ -213,7 +213,7 @@ def _shifted(
         "shifted mask",
         "error",
         (pair.image, pair.mask),
-        f"mask '{data.name(pair.mask)}' is shifted against its image: it fits when moved "
+        f"mask '{data.name(pair.mask)}' is shifted relative to its image: it fits when moved "
         f"{describe_shift(shift)}",
         "correct the mask's position",
         (Repair(pair, f"mask moved {describe_shift(rest)}", transform=shift_change(rest)),),

@@ -221,7 +221,7 @@ def check_small_regions(context: EvaluationContext, weak: WeakClass) -> Cause | 
     increases = high - low >= max(_MIN_RECALL_INCREASE, standard_errors)
     if not (increases or all_lost or weak.errors.best_iou < MIN_BEST_IOU):
         return None
-    effect = "they disappear when the images are reduced"
+    effect = "they disappear when the images are downscaled"
     if all_lost:
         effect = "the model finds almost none of them"
     elif increases:
@@ -277,7 +277,7 @@ def check_class_share(context: EvaluationContext, weak: WeakClass) -> Cause | No
     return Cause(
         weak.name,
         "split shift",
-        f"the share of {weak.name} is far {larger} in the held-out images than in the training "
+        f"the share of {weak.name} is much {larger} in the held-out images than in the training "
         "images",
         f"{100 * train.mean():.2f} % of the pixels in training, {100 * held_out.mean():.2f} % held "
         f"out; the model predicts {num_predicted / max(1, num_true):.2g} times the true number of "
@@ -340,13 +340,13 @@ def _border_confusion(
 
 
 def check_shifted_masks(context: EvaluationContext) -> Cause | None:
-    """The held-out masks are shifted against their images, and the predictions are not."""
+    """The held-out masks are shifted relative to their images, and the predictions are not."""
     if context.shift == (0, 0):
         return None
     return Cause(
         "",
         "label noise",
-        "the held-out masks are shifted against their images, so correct predictions count as "
+        "the held-out masks are shifted relative to their images, so correct predictions count as "
         "errors",
         f"moved {describe_shift(context.shift)}, the masks fit the edges of their images; the "
         "predictions fit them without a shift",
@@ -437,14 +437,24 @@ def check_touching_objects(evaluation: Evaluation, has_objects: bool) -> tuple[C
     causes = []
     for name, scores in evaluation.object_scores.items():
         for count, message, evidence in (
-            (scores.merged, "touching objects are predicted as one", "predictions join several"),
-            (scores.split, "single objects are predicted as several", "true objects are split"),
+            (
+                scores.merged,
+                "touching objects are predicted as one object",
+                "predictions join several",
+            ),
+            (
+                scores.split,
+                "single objects are predicted as several objects",
+                "true objects are split",
+            ),
         ):
             if not name or count < max(_MIN_JOINED, _MIN_JOINED_SHARE * scores.num_true):
                 continue
             remedy = "label more images in which objects touch, or train at a larger data.scale"
             if not has_objects:
-                remedy = "train with model.objects = true, which learns what keeps objects apart"
+                remedy = (
+                    "train with model.objects = true: the network then learns to separate objects"
+                )
             causes.append(
                 Cause(
                     name,

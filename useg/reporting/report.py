@@ -225,10 +225,10 @@ def _compare_with_training(
         )
     known = [distance for distance in distances if distance is not None]
     if num_unlike := sum(distance > 1 for distance in known):
-        look = "looks" if num_unlike == 1 else "look"
+        differ = "differs" if num_unlike == 1 else "differ"
         notes.append(
-            f"{num_unlike:,} of {format_count(len(known), 'image')} {look} unlike the training "
-            "images (brightness, contrast, colours or sharpness)"
+            f"{num_unlike:,} of {format_count(len(known), 'image')} {differ} from the training "
+            "images in brightness, contrast, colours or sharpness"
         )
     return tuple(notes)
 

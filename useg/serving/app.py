@@ -501,7 +501,7 @@ async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_memory_error(request: Request, error: Exception) -> JSONResponse:
-    reason = "there is not enough memory for this image now"
+    reason = "there is currently not enough memory for this image"
     return await _on_http_error(request, service_unavailable(reason))
 
 

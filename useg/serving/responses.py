@@ -70,7 +70,7 @@ class ClassShare(ModelClass):
 class LabelSummary(BaseModel):
     """The size of a label map and its classes.
 
-    ``unlike_training`` says whether the image looks unlike the training images; null for a model
+    ``unlike_training`` says whether the image differs from the training images; null for a model
     that does not know them.
     """
 

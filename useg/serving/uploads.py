@@ -102,7 +102,9 @@ class Reservation:
             limit += limit // SMALL_SHARE
         # Refused bytes are not counted, so they take no room from other requests.
         if self._memory.response_bytes + added > limit:
-            raise service_unavailable("too many responses wait for clients to read them")
+            raise service_unavailable(
+                "too many responses are waiting for their clients to read them"
+            )
         self.response += added
         self._memory.response_bytes += added
 

@@ -133,7 +133,7 @@ class Monitor:
                 f"only {num_found} of {num_classes} classes occur in the training masks; missing: "
                 f"{join_names(missing, MAX_NAMES)}",
                 "check with useg inspect that classes.toml lists the classes of the masks, or move "
-                "images that show the missing ones to the split train, in a split.csv",
+                "images that show the missing ones to the split train with a split.csv",
             )
         )
 
@@ -146,7 +146,7 @@ class Monitor:
         return self._add(
             Notice(
                 "annotations passed over",
-                f"{message}{more if len(reasons) > 1 else ''}: this is skipped",
+                f"some annotations are left out: {message}{more if len(reasons) > 1 else ''}",
                 remedy,
             )
         )
@@ -268,7 +268,7 @@ def _explain_divergence(initial: float, top: float, chance: float) -> Notice:
 def _explain_slow_learning(first: float, level: float) -> Notice:
     return Notice(
         _TOO_SLOW,
-        f"the loss hardly falls: it is {level:.3g} after half of the steps and was "
+        f"the loss hardly decreases: it is {level:.3g} after half of the steps and was "
         f"{first:.3g} at the beginning, because the learning rate is too low",
         "set train.learning_rate to ten times its value",
     )

@@ -382,7 +382,7 @@ class _Planner:
                 "fp32",
             )
         if self.is_timed:
-            reason = "the default if no minutes, epochs or steps are set"
+            reason = "the default, because no minutes, epochs or steps are set"
             self.decide("train.minutes", DEFAULT_MINUTES, reason)
 
     def choose_objects(self) -> None:
@@ -404,7 +404,7 @@ class _Planner:
                 "network also learns to separate them"
             )
         else:
-            reason = "no objects touch: each is a connected region"
+            reason = "no objects touch: each connected region is one object"
         self.decide("model.objects", share > 0, reason)
 
     def choose_size(self) -> None:
@@ -461,9 +461,9 @@ class _Planner:
             reason = "the whole frame" if is_whole else f"crops of the frame, as large as {limit}"
         else:
             side = VALID_CROP_SIDE if network.margin else CROP_SIDE
-            reason = "crops, so that a batch fits into memory and shows many places"
+            reason = "crops, so that a batch fits into memory and shows parts of many images"
             if self.has_small_objects:
-                side, reason = OBJECT_CROP_SIDE, "small crops show small objects of many images"
+                side, reason = OBJECT_CROP_SIDE, "small crops show small objects from many images"
             narrowest, lowest = (min(side, *(size[k] for size in self.sizes)) for k in (0, 1))
             wanted = narrowest, lowest
         crop = _fit_crop(self.settings, data.crop or wanted, network, self.sizes)

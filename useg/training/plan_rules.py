@@ -242,7 +242,7 @@ def choose_class_weights(statistics: LabelStatistics) -> tuple[str, str]:
     shares = statistics.shares()
     present = np.flatnonzero(shares)
     if not present.size or shares[present].min() > BALANCED_SHARE * shares.max():
-        return "none", "the classes are about equally common"
+        return "none", "all classes are about equally frequent"
     rarest = present[shares[present].argmin()]
     return "sqrt", (
         f"{statistics.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes "
@@ -362,7 +362,7 @@ def measure_decoding(dataset: Dataset) -> float:
 def choose_flips(vertical_information: float) -> tuple[str, str]:
     """Return the random flips and the reason."""
     if vertical_information < MIN_VERTICAL_INFORMATION:
-        return "all", "images have no natural orientation: labels look alike upside down"
+        return "all", "images have no natural orientation: upside down, labels look the same"
     return "horizontal", (
         "images have a natural orientation: the vertical position of a pixel explains "
         f"{100 * vertical_information:.0f} % of its class"
@@ -373,7 +373,8 @@ def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
     """Return the range of the random zoom and the reason."""
     if position_information >= MIN_POSITION_INFORMATION:
         return SCENE_ZOOM, "whole scenes already show objects of many sizes"
-    return OTHER_ZOOM, "from half to twice the size: other images are often taken at another scale"
+    reason = "objects are shown at half to twice their size: new images may have another scale"
+    return OTHER_ZOOM, reason
 
 
 def choose_standardize(
@@ -381,16 +382,16 @@ def choose_standardize(
 ) -> tuple[bool, str]:
     """Return whether every image gets the same brightness and contrast, and the reason."""
     if vertical_information < MIN_VERTICAL_INFORMATION or not settings.data.size:
-        return False, "brightness may show the class where images are not photographs of scenes"
+        return False, "where images are not photographs of scenes, classes may differ in brightness"
     if pixels != "uint8":
         return False, "only images of 8 bits are standardised"
-    return True, "the brightness and contrast of a scene show its light and not its classes"
+    return True, "brightness and contrast of a scene depend on the light, not on its classes"
 
 
 def choose_photometric(position_information: float, dataset: Dataset) -> tuple[float, str]:
     """Return the strength of the photometric augmentation and the reason."""
     if position_information < MIN_POSITION_INFORMATION:
-        return 0.0, "changing colours did not help on images that are not whole scenes"
+        return 0.0, "changed colours do not help with images that are not whole scenes"
     ratio = measure_brightness_ratio(dataset)
     if ratio >= MIN_BRIGHTNESS_RATIO:
         return 0.0, (
@@ -421,4 +422,4 @@ def choose_batch(pixels: int, *, small_objects: bool) -> tuple[int, str]:
     if fitting < MIN_BATCH:
         return batch, f"{total}: batch normalisation needs at least {MIN_BATCH} crops"
     close = f", close to the target of {target:,}" if fitting <= most else ""
-    return batch, f"{total}{close}: many small steps learn more than few large ones"
+    return batch, f"{total}{close}: many small steps train better than a few large ones"
