@@ -206,7 +206,7 @@ def describe_ids_and_colors(masks: Sequence[MaskContent]) -> str:
     colored = [mask for mask in masks if mask.has_colors]
     if not with_ids or not colored:
         return ""
-    return _describe_two_ways(with_ids[0], colored[0], "ids", "colours")
+    return _describe_two_ways(with_ids[0], colored[0], "colours")
 
 
 def describe_two_scales(masks: Sequence[MaskContent]) -> str:
@@ -219,18 +219,18 @@ def describe_two_scales(masks: Sequence[MaskContent]) -> str:
     if min(high) < MIN_GREY_LEVEL or np.ptp(np.diff([0, *levels])) > 1:
         return ""
     other = next(mask for mask in groups[1] if mask.highest > 0)
-    return _describe_two_ways(groups[0][0], other, "ids", "grey levels")
+    return _describe_two_ways(groups[0][0], other, "grey levels")
 
 
 def _has_low_ids(mask: MaskContent) -> bool:
     return 0 < mask.highest < MIN_GREY_LEVEL
 
 
-def _describe_two_ways(one: MaskContent, other: MaskContent, how: str, else_how: str) -> str:
+def _describe_two_ways(with_ids: MaskContent, other: MaskContent, others_have: str) -> str:
     return (
-        f"some masks have {how} ({join_some(one.codes.tolist())}), such as '{one.path}', and "
-        f"others {else_how}, such as '{other.path}', so each class seems to have two values; save "
-        "all masks in the same way"
+        f"some masks have ids ({join_some(with_ids.codes.tolist())}), such as '{with_ids.path}', "
+        f"and others {others_have}, such as '{other.path}', so each class seems to have two "
+        "values; save all masks in the same way"
     )
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import ClassTable
 from useg.config import Settings
 from useg.data.dataset import MISSING_ADVICE, SPLIT_FOLDERS, Dataset, Pair, pair_name
 from useg.data.duplicates import (
@@ -479,19 +478,16 @@ _MODES: dict[str, SplitFunction] = {
 }
 
 
-def open_dataset(
-    data: str | Path, settings: Settings | None = None, classes: ClassTable | None = None
-) -> Dataset:
+def open_dataset(data: str | Path, settings: Settings | None = None) -> Dataset:
     """Find the pairs in a folder (or ``dataset.toml``) and decide their splits.
 
     Args:
         data: The folder or file.
         settings: Settings, of which ``data.*`` count.
-        classes: The class table; by default that of the folder, or inferred from the masks.
 
     Raises:
         DataError: There is no such folder, it has no pairs, or too few to hold some out.
     """
     choices = (settings or Settings()).data
-    dataset = find_dataset(Path(data), choices.classes or classes)
+    dataset = find_dataset(Path(data), choices.classes)
     return assign_splits(dataset, choices.split, choices.holdout)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,6 @@ class Survey:
 
 def survey_dataset(
     dataset: Dataset,
-    progress: Callable[[], None] = lambda: None,
     split: Callable[[Dataset], Dataset] = lambda decided: decided,
 ) -> Survey:
     """Read every pair once and describe the data set; damaged pairs become findings.
@@ -279,16 +279,9 @@ def survey_dataset(
     Args:
         dataset: from :func:`useg.data.layouts.find_dataset` with ``strict=False``. If its class
             table comes from :func:`defer_classes`, it is derived from the masks.
-        progress: called once per pair.
         split: assigns the splits when the classes are known.
     """
-    palettes = are_classes_deferred(dataset)
-
-    def measure(pair: Pair) -> Measurement:
-        measurement = measure_pair(pair, dataset, palettes=palettes)
-        progress()
-        return measurement
-
+    measure = partial(measure_pair, dataset=dataset, palettes=are_classes_deferred(dataset))
     data = decide_from_measurements(dataset, list(in_parallel(measure, dataset.pairs)))
     decided = split(data.dataset)
     measurements = tuple(

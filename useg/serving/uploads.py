@@ -251,8 +251,8 @@ def _form_files(body: bytes, content_type: str, most: int) -> list[tuple[str, by
         raise ValueError("its content type names no boundary")
     delimiter = b"\r\n--" + boundary
     files, fields = [], 0
-    at = _skip(body, delimiter[2:], 0) if body.startswith(delimiter[2:]) else None
-    at = _skip(body, delimiter, 0) if at is None else at
+    at = _end_of_first(body, delimiter[2:]) if body.startswith(delimiter[2:]) else None
+    at = _end_of_first(body, delimiter) if at is None else at
     while body[at : at + 2] != b"--":
         head_end = body.find(b"\r\n\r\n", at, at + MAX_PART_HEAD_BYTES)
         if head_end < 0:
@@ -274,9 +274,9 @@ def _form_files(body: bytes, content_type: str, most: int) -> list[tuple[str, by
     return files
 
 
-def _skip(body: bytes, delimiter: bytes, start: int) -> int:
-    """Return where the next delimiter ends."""
-    found = _find(body, delimiter, start)
+def _end_of_first(body: bytes, delimiter: bytes) -> int:
+    """Return where the first delimiter ends."""
+    found = _find(body, delimiter, 0)
     if found < 0:
         raise ValueError("it has no part")
     return found + len(delimiter)
