@@ -10,12 +10,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +21,14 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE
 from useg.data.dataset import pick_evenly
 from useg.data.file_names import MASK_WORDS, split_name
+from useg.data.mask_content import SAME_SHAPE_IOU, compare_shapes, read_points
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
-from useg.images.formats import STACK_SUFFIXES
-from useg.images.image_files import read_image, read_mask, read_mask_and_alpha
-from useg.images.stacks import read_stack
+from useg.images.image_files import read_image, read_mask
 
-# Images whose masks are compared, and points of each.
+# Images whose masks are compared.
 _NUM_SAMPLES = 6
-_GRID = 256
 
-# Intersection over union from which the shapes of two masks are nearly the same.
-_SAME_SHAPE = 0.9
 # Share of the points in which one set of masks follows from another.
 _FOLLOWS = 0.995
 # Scribbles cover less than this share of what the finished masks cover, and agree with them there.
@@ -53,8 +47,6 @@ _EDGE_WINDOW = 1500
 _MAX_STROKES_AREA = 0.4
 # More values than this in one mask are no classes where another set has few.
 _MAX_CLASSES = 256
-# Neighbours that differ in a photograph, and in hardly any mask: share of all.
-_NOISE = 0.2
 # Names of files that a model wrote.
 PREDICTION_WORDS = frozenset(
     [
@@ -122,68 +114,6 @@ class OpenChoiceError(DataError):
         self.left = tuple(left)
 
 
-def read_points(path: Path) -> NDArray[np.int64] | None:
-    """Read a file's values, or packed colours, at the points of a grid; None if it is unreadable.
-
-    The points lie at the same places of the picture whatever its size.
-    """
-    pixels: NDArray[Any]
-    # Of a stack, the first page.
-    for read in (read_mask, read_image, partial(read_mask, page=0)):
-        with suppress(UsageError):
-            pixels = read(path)
-            break
-    else:
-        return None
-    rows, columns = (
-        np.arange(min(size, _GRID)) * size // min(size, _GRID) for size in pixels.shape[:2]
-    )
-    pixels = pixels[rows][:, columns]
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    codes = np.zeros(pixels.shape[:2], np.int64)
-    for band in range(min(pixels.shape[2], 4)):
-        values = pixels[..., band]
-        if values.dtype.kind not in "iub":
-            values = np.nan_to_num(values, nan=-1, posinf=-1, neginf=-1).clip(-(2**15), 2**15) * 64
-        codes = codes << 16 | (values.astype(np.int64) & 0xFFFFFF)
-    return codes
-
-
-def is_photograph(path: Path) -> bool | None:
-    """Return whether neighbouring pixels mostly differ, as in a photograph; None if unreadable."""
-    try:
-        is_stack = path.suffix.lower() in STACK_SUFFIXES
-        pixels = read_image(path, page=_middle_page(path) if is_stack else None)
-    except UsageError:
-        return None
-    strip = pixels[:: max(1, pixels.shape[0] // _GRID)]
-    if strip.shape[1] < 2:
-        return None
-    return bool((strip[:, 1:] != strip[:, :-1]).any(axis=2).mean() > _NOISE)
-
-
-def has_transparent_part(path: Path) -> bool:
-    """Return whether the transparency of a file differs from pixel to pixel."""
-    try:
-        alpha = read_mask_and_alpha(path)[1]
-    except UsageError:
-        return False
-    return alpha is not None and bool(np.ptp(alpha))
-
-
-def _middle_page(path: Path) -> int | None:
-    """Return the page in the middle of a stack, which is seldom empty; None for one image."""
-    pages = read_stack(path).find_images(num_bands=1)
-    return pages[len(pages) // 2]
-
-
-def is_two_valued(path: Path) -> bool:
-    """Return whether a mask has at most two values."""
-    points = read_points(path)
-    return points is not None and len(np.unique(points)) <= 2
-
-
 class _MaskSet:
     """What a few masks of a candidate store, at the points of a grid."""
 
@@ -226,10 +156,7 @@ class _MaskSet:
     @cached_property
     def same_shape(self) -> float:
         """The lowest IoU of two masks' shapes; 0 if these are no shapes."""
-        shapes = [points != self.all_values[0] for points in self.points if points is not None]
-        if len(self.all_values) != 2 or len(shapes) < 2:
-            return 0.0
-        return min(_iou(one, other) for one, other in itertools.combinations(shapes, 2))
+        return compare_shapes(self.points)
 
     @property
     def counted_share(self) -> float:
@@ -263,13 +190,6 @@ def _sample_masks(candidate: Candidate, images: Sequence[Path]) -> _MaskSet:
             for image in images
         ],
     )
-
-
-def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    if one.shape != other.shape:
-        return 0.0
-    union = int((one | other).sum())
-    return int((one & other).sum()) / union if union else 1.0
 
 
 def _pairs(one: _MaskSet, other: _MaskSet) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -367,28 +287,30 @@ def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
     images = pick_evenly(sorted(full or covered), _NUM_SAMPLES)
     mask_sets = [_sample_masks(candidate, images) for candidate in candidates]
     for mask_set in mask_sets:
-        mask_set.reason = _no_truth(mask_set, mask_sets)
+        mask_set.reason = _find_defect(mask_set, mask_sets)
     for prefer in (
         partial(_prefer_by_coverage, most=most),
         _prefer_by_content,
         _prefer_by_name,
         partial(_prefer_by_edges, images=images),
     ):
-        if len(left := _left(mask_sets)) > 1:
+        if len(left := _list_remaining(mask_sets)) > 1:
             prefer(left)
-    left = _left(mask_sets)
+    left = _list_remaining(mask_sets)
     if len(left) != 1:
-        raise OpenChoiceError(_question(mask_sets), candidates, [each.candidate for each in left])
+        raise OpenChoiceError(
+            _describe_open_choice(mask_sets), candidates, [each.candidate for each in left]
+        )
     chosen = left[0].candidate
     others = [
         f"{mask_set.candidate.name} {mask_set.reason}" for mask_set in mask_sets if mask_set.reason
     ]
-    views = [mask_set.candidate for mask_set in mask_sets if mask_set.same_shape >= _SAME_SHAPE]
+    views = [mask_set.candidate for mask_set in mask_sets if mask_set.same_shape >= SAME_SHAPE_IOU]
     note = "; ".join((f"the masks are {chosen.name}", *others))
     return TruthChoice(chosen, (note,), views[0] if len(views) == 1 else None)
 
 
-def _left(mask_sets: Sequence[_MaskSet]) -> list[_MaskSet]:
+def _list_remaining(mask_sets: Sequence[_MaskSet]) -> list[_MaskSet]:
     return [mask_set for mask_set in mask_sets if not mask_set.reason]
 
 
@@ -406,7 +328,7 @@ def _prefer_by_content(left: Sequence[_MaskSet]) -> None:
     """Leave out masks that say the same as others or less."""
     for one, other in itertools.permutations(left, 2):
         if not one.reason and not other.reason:
-            one.reason = _explain(one, other)
+            one.reason = _find_redundancy(one, other)
 
 
 def _prefer_by_name(left: Sequence[_MaskSet]) -> None:
@@ -460,7 +382,9 @@ def _prefer_by_edges(left: Sequence[_MaskSet], images: Sequence[Path]) -> None:
     are_apart = any(_hardly_overlap(two) for two in itertools.combinations(left, 2))
     if not are_alike or len(images) < _MIN_EDGE_IMAGES or are_apart:
         return
-    ratios = np.array([[_fit_of(mask_set, image) for image in images] for mask_set in left])
+    ratios = np.array(
+        [[_measure_edge_fit(mask_set, image) for image in images] for mask_set in left]
+    )
     medians = np.median(ratios, axis=1)
     best = int(medians.argmax())
     for mask_set, fits, median in zip(left, ratios, medians, strict=True):
@@ -471,7 +395,7 @@ def _prefer_by_edges(left: Sequence[_MaskSet], images: Sequence[Path]) -> None:
             )
 
 
-def _fit_of(mask_set: _MaskSet, image: Path) -> float:
+def _measure_edge_fit(mask_set: _MaskSet, image: Path) -> float:
     """Return how much more an image changes at the edges of its mask than elsewhere; or NaN."""
     try:
         pixels, mask = read_image(image), read_mask(mask_set.candidate.masks[image])
@@ -487,13 +411,13 @@ def _fit_of(mask_set: _MaskSet, image: Path) -> float:
     return edge_ratio(pixels[middle], areas[middle]) or float("nan")
 
 
-def _no_truth(mask_set: _MaskSet, mask_sets: Sequence[_MaskSet]) -> str:
+def _find_defect(mask_set: _MaskSet, mask_sets: Sequence[_MaskSet]) -> str:
     """Return why a candidate is no truth whatever the others are, or ``""``."""
     if not mask_set.values:
         return "cannot be read"
     if len(mask_set.all_values) == 1:
         return f"has the value {mask_set.all_values[0]} everywhere"
-    if mask_set.same_shape >= _SAME_SHAPE:
+    if mask_set.same_shape >= SAME_SHAPE_IOU:
         return (
             f"has nearly the same shape in every image (IoU {mask_set.same_shape:.2f}), like a "
             "field of view"
@@ -504,7 +428,7 @@ def _no_truth(mask_set: _MaskSet, mask_sets: Sequence[_MaskSet]) -> str:
     return ""
 
 
-def _explain(one: _MaskSet, other: _MaskSet) -> str:
+def _find_redundancy(one: _MaskSet, other: _MaskSet) -> str:
     """Return why ``one`` says the same as ``other`` or less, or ``""``."""
     forward, back = _follows(one, other), _follows(other, one)
     name = other.candidate.name
@@ -513,7 +437,7 @@ def _explain(one: _MaskSet, other: _MaskSet) -> str:
         if coverage < _PARTIAL_AREA:
             return f"labels only a part of what {name} labels"
         ranks = [
-            (bool(_own_other_words(*two)), two[0].is_colored, int(two[0].all_values[-1]))
+            (bool(_find_own_other_words(*two)), two[0].is_colored, int(two[0].all_values[-1]))
             for two in ((one, other), (other, one))
         ]
         is_plainer = coverage * _PARTIAL_AREA < 1 and ranks[0] > ranks[1]
@@ -521,7 +445,7 @@ def _explain(one: _MaskSet, other: _MaskSet) -> str:
             return f"shows the same as {name} in another format"
         how = "in colours" if one.is_colored else "with other values"
         return f"shows the same as {name} {how}" if is_plainer else ""
-    is_weaker = _own_other_words(other, one) and not _own_other_words(one, other)
+    is_weaker = _find_own_other_words(other, one) and not _find_own_other_words(one, other)
     if back >= _FOLLOWS and one.numbers_objects and not (other.numbers_objects or is_weaker):
         return f"numbers the objects of {name}"
     if _is_part(one, other) and not _are_two_things(one, other) and not is_weaker:
@@ -529,12 +453,12 @@ def _explain(one: _MaskSet, other: _MaskSet) -> str:
     return ""
 
 
-def _own_other_words(one: _MaskSet, other: _MaskSet) -> frozenset[str]:
+def _find_own_other_words(one: _MaskSet, other: _MaskSet) -> frozenset[str]:
     """Return the words that call one set of masks, and not the other, objects, colours etc."""
     return (one.words - other.words) & OTHER_WORDS
 
 
-def _question(mask_sets: Sequence[_MaskSet]) -> str:
+def _describe_open_choice(mask_sets: Sequence[_MaskSet]) -> str:
     listed = ", ".join(
         f"{mask_set.candidate.name} ({len(mask_set.candidate.masks)})" for mask_set in mask_sets
     )
@@ -595,25 +519,3 @@ def name_differences(globs: Sequence[str]) -> list[str]:
     shared = set.intersection(*map(set, rows))
     names = ["".join(part for part in row if part not in shared).strip("_-. ") for row in rows]
     return names if len({*names, ""}) > len(names) else list(globs)
-
-
-def describe_constant_shape(masks: Iterable[Path]) -> str:
-    """Return a sentence if masks have one shape in every image, like a field of view; or ``""``."""
-    files = sorted(set(masks))
-    if len(files) < 2:
-        return ""
-    points: list[NDArray[np.int64] | None] = []
-    values: set[int] = set()
-    for path in pick_evenly(files, _NUM_SAMPLES):
-        found = read_points(path)
-        points.append(found)
-        values |= set() if found is None else set(np.unique(found).tolist())
-        if len(values) > 2:
-            return ""
-    mask_set = _MaskSet(Candidate("", {}), points)
-    if mask_set.same_shape < _SAME_SHAPE:
-        return ""
-    return (
-        f"the masks have nearly the same shape in every image (IoU {mask_set.same_shape:.2f}), as "
-        "a field of view has, but masks of classes rarely do; check that these files are the masks"
-    )

@@ -6,13 +6,18 @@ What a mask stores at a pixel is a *code*: a value, or a colour. The class table
 Some masks store values and colours that are not classes: they come from smoothing, from JPEG, from
 mistakes in painting, or from masks that were saved in another way than the rest. They are dropped
 here.
+
+Before it is known which files are masks, a few points or pixels of each show what it may be.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +30,15 @@ from useg.data.dataset import (
     CodeMap,
     MaskEncoding,
     Pair,
+    pick_evenly,
     read_stored_mask,
     to_codes,
 )
 from useg.data.published_classes import KNOWN_PALETTES, grey_levels, match_grey_palette
-from useg.images.image_files import read_palette
+from useg.errors import UsageError
+from useg.images.formats import STACK_SUFFIXES
+from useg.images.image_files import read_image, read_mask, read_mask_and_alpha, read_palette
+from useg.images.stacks import read_stack
 
 # Ids are smaller than this; larger values are grey levels.
 MIN_GREY_LEVEL = 14
@@ -57,6 +66,14 @@ _MIN_MASKS_OF_ODD_VALUES = 5
 # A patch of a suspicious value covers at most this share of its mask.
 _MAX_ODD_SHARE = 0.005
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")
+# Intersection over union from which the shapes of two masks are nearly the same, and masks that are
+# compared.
+SAME_SHAPE_IOU = 0.9
+_NUM_COMPARED_SHAPES = 6
+# Points of a grid, in either direction, at which files are compared.
+_GRID_POINTS = 256
+# In a photograph, at least this share of neighbouring pixels differ, and in hardly any mask.
+_MIN_NOISE = 0.2
 
 
 @dataclass(frozen=True)
@@ -471,4 +488,109 @@ def has_exchanged_channels(codes: Sequence[int], table: ClassTable) -> bool:
     """Whether unknown colours are those of classes if red and blue are exchanged."""
     return table.by_color and all(
         channels_of(exchange_channels(code)) in table.colors for code in codes
+    )
+
+
+def read_points(path: Path) -> NDArray[np.int64] | None:
+    """Read a file's values, or packed colours, at the points of a grid; None if it is unreadable.
+
+    The points lie at the same places of the picture whatever its size.
+    """
+    pixels: NDArray[Any]
+    # Of a stack, the first page.
+    for read in (read_mask, read_image, partial(read_mask, page=0)):
+        with suppress(UsageError):
+            pixels = read(path)
+            break
+    else:
+        return None
+    rows, columns = (
+        np.arange(min(size, _GRID_POINTS)) * size // min(size, _GRID_POINTS)
+        for size in pixels.shape[:2]
+    )
+    pixels = pixels[rows][:, columns]
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    codes = np.zeros(pixels.shape[:2], np.int64)
+    for band in range(min(pixels.shape[2], 4)):
+        values = pixels[..., band]
+        if values.dtype.kind not in "iub":
+            values = np.nan_to_num(values, nan=-1, posinf=-1, neginf=-1).clip(-(2**15), 2**15) * 64
+        codes = codes << 16 | (values.astype(np.int64) & 0xFFFFFF)
+    return codes
+
+
+def is_photograph(path: Path) -> bool | None:
+    """Return whether neighbouring pixels mostly differ, as in a photograph; None if unreadable."""
+    try:
+        is_stack = path.suffix.lower() in STACK_SUFFIXES
+        pixels = read_image(path, page=_middle_page(path) if is_stack else None)
+    except UsageError:
+        return None
+    strip = pixels[:: max(1, pixels.shape[0] // _GRID_POINTS)]
+    if strip.shape[1] < 2:
+        return None
+    return bool((strip[:, 1:] != strip[:, :-1]).any(axis=2).mean() > _MIN_NOISE)
+
+
+def has_transparent_part(path: Path) -> bool:
+    """Return whether the transparency of a file differs from pixel to pixel."""
+    try:
+        alpha = read_mask_and_alpha(path)[1]
+    except UsageError:
+        return False
+    return alpha is not None and bool(np.ptp(alpha))
+
+
+def _middle_page(path: Path) -> int | None:
+    """Return the page in the middle of a stack, which is seldom empty; None for one image."""
+    pages = read_stack(path).find_images(num_bands=1)
+    return pages[len(pages) // 2]
+
+
+def is_two_valued(path: Path) -> bool:
+    """Return whether a mask has at most two values."""
+    points = read_points(path)
+    return points is not None and len(np.unique(points)) <= 2
+
+
+def compare_shapes(masks: Sequence[NDArray[np.int64] | None]) -> float:
+    """Return the lowest IoU of the shapes in two of the masks; 0 if these are no shapes.
+
+    Args:
+        masks: What :func:`read_points` returns for each. They are shapes if they have two values in
+            all, of which the lower one is outside.
+    """
+    readable = [points for points in masks if points is not None]
+    values = sorted(set[int]().union(*(np.unique(points).tolist() for points in readable)))
+    if len(values) != 2 or len(readable) < 2:
+        return 0.0
+    shapes = [points != values[0] for points in readable]
+    return min(_iou(one, other) for one, other in combinations(shapes, 2))
+
+
+def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    if one.shape != other.shape:
+        return 0.0
+    union = int((one | other).sum())
+    return int((one & other).sum()) / union if union else 1.0
+
+
+def describe_constant_shape(masks: Iterable[Path]) -> str:
+    """Return a sentence if masks have one shape in every image, like a field of view; or ``""``."""
+    files = sorted(set(masks))
+    points: list[NDArray[np.int64] | None] = []
+    values: set[int] = set()
+    for path in pick_evenly(files, _NUM_COMPARED_SHAPES):
+        found = read_points(path)
+        points.append(found)
+        values |= set() if found is None else set(np.unique(found).tolist())
+        if len(values) > 2:
+            return ""
+    iou = compare_shapes(points)
+    if iou < SAME_SHAPE_IOU:
+        return ""
+    return (
+        f"the masks have nearly the same shape in every image (IoU {iou:.2f}), as a field of view "
+        "has, but masks of classes rarely do; check that these files are the masks"
     )

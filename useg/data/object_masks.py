@@ -26,13 +26,8 @@ from useg.data.file_names import (
     split_name,
     strip_role_words,
 )
-from useg.data.ground_truth import (
-    Candidate,
-    OpenChoiceError,
-    is_photograph,
-    is_two_valued,
-    read_points,
-)
+from useg.data.ground_truth import Candidate, OpenChoiceError
+from useg.data.mask_content import is_photograph, is_two_valued, read_points
 from useg.data.official_splits import find_official_splits
 from useg.errors import DataError, format_count
 from useg.files import natural_key

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair, pick_evenly
 from useg.data.file_names import IMAGE_WORDS, MASK_WORDS, split_name
-from useg.data.ground_truth import is_photograph
+from useg.data.mask_content import is_photograph
 from useg.data.split_files import find_by_tail, path_tails, split_of_list, split_rows
 from useg.errors import DataError, format_count
 from useg.files import list_files, natural_key

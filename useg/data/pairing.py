@@ -25,7 +25,8 @@ from useg.data.file_names import (
     split_folder,
     split_name,
 )
-from useg.data.ground_truth import OTHER_WORDS, describe_constant_shape, is_two_valued
+from useg.data.ground_truth import OTHER_WORDS
+from useg.data.mask_content import describe_constant_shape, is_two_valued
 from useg.data.object_masks import (
     find_object_masks,
     join_masks,

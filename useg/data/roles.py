@@ -33,9 +33,8 @@ from useg.data.ground_truth import (
     Candidate,
     OpenChoiceError,
     choose_truth,
-    has_transparent_part,
-    is_photograph,
 )
+from useg.data.mask_content import has_transparent_part, is_photograph
 from useg.errors import UsageError, join_names
 from useg.files import natural_key
 from useg.images.image_files import read_size

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from useg.data.file_names import split_name
-from useg.data.ground_truth import Candidate, OpenChoiceError, is_photograph
+from useg.data.ground_truth import Candidate, OpenChoiceError
+from useg.data.mask_content import is_photograph
 from useg.data.pairing import find_photograph_sets, role_of_array
 from useg.errors import UsageError, format_count, join_names
 from useg.files import list_files, list_subfolders
