@@ -605,15 +605,3 @@ def _is_count(one: str, other: str) -> bool:
 
 def _is_other_split(one: str, other: str) -> bool:
     return one in SPLIT_FOLDERS and other in SPLIT_FOLDERS
-
-
-def are_described(masks: Iterable[Path]) -> bool:
-    """Tell from their names whether the pixels of masks alone do not name their classes.
-
-    These are the PNGs of COCO's panoptic segmentation, which number segments, and the brush masks
-    of Label Studio.
-    """
-    return any(
-        "panoptic" in mask.parent.name.casefold() or BRUSH_MASK_NAME.fullmatch(mask.stem)
-        for mask in masks
-    )

@@ -49,7 +49,7 @@ from useg.data.dataset_toml import (
     quote_toml,
     read_dataset_toml,
 )
-from useg.data.file_names import are_described, name_files
+from useg.data.file_names import BRUSH_MASK_NAME, name_files
 from useg.data.ground_truth import OpenChoiceError
 from useg.data.mask_encoding import find_encoding
 from useg.data.mask_problems import describe_unfinished
@@ -237,16 +237,28 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
         except OpenChoiceError as error:
             candidates = (*error.left, *error.candidates)
             masks = [mask for each in candidates for mask in each.masks.values()]
-            found = find_described(folder, masks) if are_described(masks) else None
-            found = found or make_choice(error, folder)
+            found = _find_described(folder, masks) or make_choice(error, folder)
         if found is not None:
             found = _prefer_table(found, folder) if found.images or found.masks else found
             masks = [pair.mask for pair in found.pairs if pair.truth is None]
-            described = find_described(folder, masks) if are_described(masks) else None
+            described = _find_described(folder, masks)
             if described is None and recognizer is find_pairs:
                 found = replace(found, notes=(*found.notes, *_describe_annotations(folder)))
             return recognize_published(described or found, folder)
     raise DataError(describe_unrecognized(folder))
+
+
+def _find_described(folder: Path, masks: Sequence[Path]) -> DetectedLayout | None:
+    """Return what annotation files say of masks whose pixels alone do not name their classes.
+
+    By their names, these are the PNGs of COCO's panoptic segmentation, which number segments, and
+    the brush masks of Label Studio. None for other masks.
+    """
+    are_described = any(
+        "panoptic" in mask.parent.name.casefold() or BRUSH_MASK_NAME.fullmatch(mask.stem)
+        for mask in masks
+    )
+    return find_described(folder, masks) if are_described else None
 
 
 def _prefer_table(found: DetectedLayout, folder: Path) -> DetectedLayout:

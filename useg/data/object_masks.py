@@ -22,17 +22,21 @@ from useg.data.dataset import DetectedLayout, Instances, Pair, pick_evenly
 from useg.data.file_names import (
     IMAGE_WORDS,
     MASK_WORDS,
+    Link,
     plain_stem,
     split_name,
     strip_role_words,
 )
 from useg.data.ground_truth import Candidate, OpenChoiceError
 from useg.data.mask_content import is_photograph, is_two_valued, read_points
-from useg.data.official_splits import find_official_splits
+from useg.data.official_splits import find_official_splits, generalize_folder
 from useg.errors import DataError, format_count
 from useg.files import natural_key
 
 _NUM_NAMED = 3
+
+# The number of one of several masks of an image, at the end of its name.
+_COUNTER = re.compile(r"[_\-. ]*\(?[0-9]+\)?$")
 
 # Images whose several masks are compared, and masks of each. Masks of one object by several people
 # overlap by more than this (intersection over union), and those of different objects by less.
@@ -291,3 +295,52 @@ def _is_of_ade20k(path: Path) -> bool:
     points = read_points(path) if any(path.with_name(name).exists() for name in beside) else None
     # The red channel of a colour is above the others.
     return points is not None and bool(points.max() >= 1 << 16 and ((points >> 32) % 10 == 0).all())
+
+
+def add_numbered_masks(link: Link, used: set[str], files: Mapping[str, Path]) -> Link:
+    """Add images of which all masks are numbered: ``a_mask1`` and ``a_mask2`` beside ``b_mask``."""
+    folders = {generalize_folder(name) for name in link.partners}
+    taken = {*used, *link.partners, *link.partners.values()}
+    rest = [name for name in files if name not in taken]
+    images = [name for name in rest if generalize_folder(name) in folders]
+    if not images:
+        return link
+    numbered: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(rest, key=natural_key):
+        numbered[_COUNTER.sub("", name)].append(name)
+    found = {
+        image: numbered[target][0]
+        for image in images
+        for target in link.rule.apply(image)
+        if len(numbered.get(target, ())) > 1 and target not in files
+    }
+    return Link(link.rule, {**link.partners, **found})
+
+
+def find_further_masks(
+    link: Link, claimed: set[str], files: Mapping[str, Path]
+) -> dict[str, tuple[str, ...]]:
+    """Find masks that are numbered beside those of a link: ``a_mask_1`` beside ``a_mask``."""
+    used = {*link.partners, *link.partners.values(), *claimed}
+    stems = {name: _stem_parts(plain_stem(files[name])) for name in link.partners}
+    shared = frozenset.intersection(*stems.values()) if len(stems) > 1 else frozenset()
+    owners: dict[tuple[Path, str], set[str]] = defaultdict(set)
+    for image, mask in link.partners.items():
+        path = files[mask]
+        for stem in {plain_stem(path), _COUNTER.sub("", plain_stem(path))}:
+            if stems[image] - shared <= _stem_parts(stem):
+                owners[path.parent, stem].add(image)
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(set(files) - used, key=natural_key):
+        path = files[name]
+        images = owners.get((path.parent, _COUNTER.sub("", plain_stem(path))), set())
+        if len(images) == 1:
+            found[next(iter(images))].append(name)
+    return {image: tuple(names) for image, names in found.items()}
+
+
+def _stem_parts(stem: str) -> frozenset[str]:
+    """Return the words and numbers in a name, in lower case and without leading zeros."""
+    return frozenset(
+        part.casefold().lstrip("0") or "0" for part in split_name(stem) if part.isalnum()
+    )

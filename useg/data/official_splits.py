@@ -18,6 +18,7 @@ from useg.data.file_names import (
     YEAR,
     plain_stem,
     split_folder,
+    split_name,
 )
 from useg.data.split_files import (
     find_by_tail,
@@ -45,6 +46,14 @@ LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".lst", ".json", ".yaml", ".yml", *_UNR
 _HOW_TO_CHOOSE = "to use them, write a split.csv with the columns image,split"
 # A list counts if it names at least this share of files that are there.
 _MIN_KNOWN = 0.5
+
+
+def generalize_folder(name: str) -> str:
+    """Return a file's folder without the names of splits and numbers."""
+    parts = split_name(name.rpartition("/")[0])
+    return "".join(
+        "*" if part in SPLIT_FOLDERS else "0" if part.isdecimal() else part for part in parts
+    )
 
 
 def find_official_split(path: Path, root: Path, affixes: frozenset[str] = frozenset()) -> str:

@@ -33,13 +33,12 @@ from useg.data.object_masks import (
     refuse_ade20k,
     words_of_folder,
 )
-from useg.data.official_splits import find_splits, leave_for_prediction
+from useg.data.official_splits import find_splits, generalize_folder, leave_for_prediction
 from useg.data.published_classes import TABLES_BY_NAME
 from useg.data.roles import (
     ChosenPairs,
     NamedFiles,
     choose_pairs,
-    generalize_folder,
     links_to_masks,
 )
 from useg.errors import DataError, format_count

@@ -6,7 +6,6 @@ possible and nothing decides between them, the user has to choose.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
-from useg.data.dataset import SPLIT_FOLDERS, pick_evenly
+from useg.data.dataset import pick_evenly
 from useg.data.file_names import (
     IMAGE_WORDS,
     Link,
@@ -24,7 +23,6 @@ from useg.data.file_names import (
     name_files,
     plain_stem,
     role_of_words,
-    split_name,
     split_path,
 )
 from useg.data.ground_truth import (
@@ -35,12 +33,11 @@ from useg.data.ground_truth import (
     choose_truth,
 )
 from useg.data.mask_content import has_transparent_part, is_photograph
+from useg.data.object_masks import add_numbered_masks, find_further_masks
+from useg.data.official_splits import generalize_folder
 from useg.errors import UsageError, join_names
-from useg.files import natural_key
 from useg.images.image_files import read_size
 
-# The number of one of several masks of an image, at the end of its name.
-_COUNTER = re.compile(r"[_\-. ]*\(?[0-9]+\)?$")
 # Files whose pixels tell images from masks, of each set of files.
 _NUM_SAMPLED = 4
 # Among more files than this, a rule for a single pair is an accident.
@@ -246,13 +243,13 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
     used: set[str] = set()
     while links and len(links[0].partners) * 50 >= first:
         main, note = _choose_images(links, files)
-        main = _add_numbered(main, used, files)
+        main = add_numbered_masks(main, used, files.paths)
         images, masks = set(main.partners), set(main.partners.values())
         same = _links_to_same_masks(main, links)
         # Depth maps of the images have no masks of their own.
         known = images.union(*(link.partners for link in same))
         claims = _masks_of_other_images(known, links)
-        further = _find_further_masks(main, used | claims.keys(), files)
+        further = find_further_masks(main, used | claims.keys(), files.paths)
         extra = {name for names in further.values() for name in names}
         least = min(len(images), max(2, _MIN_RIVAL_SHARE * len(images)))
         rivals = _distinct(
@@ -585,60 +582,3 @@ def _without(link: Link, used: set[str]) -> Link | None:
     }
     # A rule that mostly explained other files fits the rest by accident.
     return Link(link.rule, partners) if 2 * len(partners) > len(link.partners) else None
-
-
-def _add_numbered(link: Link, used: set[str], files: NamedFiles) -> Link:
-    """Add images of which all masks are numbered: ``a_mask1`` and ``a_mask2`` beside ``b_mask``."""
-    folders = {generalize_folder(name) for name in link.partners}
-    taken = {*used, *link.partners, *link.partners.values()}
-    rest = [name for name in files.paths if name not in taken]
-    images = [name for name in rest if generalize_folder(name) in folders]
-    if not images:
-        return link
-    numbered: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(rest, key=natural_key):
-        numbered[_COUNTER.sub("", name)].append(name)
-    found = {
-        image: numbered[target][0]
-        for image in images
-        for target in link.rule.apply(image)
-        if len(numbered.get(target, ())) > 1 and target not in files.paths
-    }
-    return Link(link.rule, {**link.partners, **found})
-
-
-def _find_further_masks(
-    link: Link, claimed: set[str], files: NamedFiles
-) -> dict[str, tuple[str, ...]]:
-    """Find masks that are numbered beside those of a link: ``a_mask_1`` beside ``a_mask``."""
-    used = {*link.partners, *link.partners.values(), *claimed}
-    stems = {name: _stem_parts(plain_stem(files.paths[name])) for name in link.partners}
-    shared = frozenset.intersection(*stems.values()) if len(stems) > 1 else frozenset()
-    owners: dict[tuple[Path, str], set[str]] = defaultdict(set)
-    for image, mask in link.partners.items():
-        path = files.paths[mask]
-        for stem in {plain_stem(path), _COUNTER.sub("", plain_stem(path))}:
-            if stems[image] - shared <= _stem_parts(stem):
-                owners[path.parent, stem].add(image)
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(set(files.paths) - used, key=natural_key):
-        path = files.paths[name]
-        images = owners.get((path.parent, _COUNTER.sub("", plain_stem(path))), set())
-        if len(images) == 1:
-            found[next(iter(images))].append(name)
-    return {image: tuple(names) for image, names in found.items()}
-
-
-def _stem_parts(stem: str) -> frozenset[str]:
-    """Return the words and numbers in a name, in lower case and without leading zeros."""
-    return frozenset(
-        part.casefold().lstrip("0") or "0" for part in split_name(stem) if part.isalnum()
-    )
-
-
-def generalize_folder(name: str) -> str:
-    """Return a file's folder without the names of splits and numbers."""
-    parts = split_name(name.rpartition("/")[0])
-    return "".join(
-        "*" if part in SPLIT_FOLDERS else "0" if part.isdecimal() else part for part in parts
-    )

@@ -163,9 +163,7 @@ def find_annotated(root: Path) -> DetectedLayout | None:
 
 
 def find_described(root: Path, masks: Sequence[Path]) -> DetectedLayout | None:
-    """Return what annotation files say of masks, or None.
-
-    See :func:`useg.data.file_names.are_described`.
+    """Return what annotation files say of masks whose pixels do not name their classes, or None.
 
     Raises:
         DataError: Masks of Label Studio lie there without the project's JSON.
