@@ -1003,3 +1003,18 @@ def test_masks_are_preferred_to_trimaps_in_each_part_of_a_data_set(tmp_path: Pat
     assert len(dataset.of("val")) == 6
     assert {pair.mask.parent.name for pair in dataset.pairs} == {"mask"}
     assert "trimap/*.png is called 'trimap'" in " ".join(dataset.notes)
+
+
+def test_images_of_the_opposite_are_no_other_set_of_images(tmp_path: Path) -> None:
+    """BoWFire, of which the images without fire have no masks."""
+    for k in range(6):
+        image, label = yard(k)
+        save(tmp_path / "img" / f"fire{k:03}.png", image)
+        save(tmp_path / "gt" / f"fire{k:03}_gt.png", (label == 1).astype(np.uint8) * 255)
+        save(tmp_path / "img" / f"not_fire{k:03}.png", yard(k + 20)[0])
+    with pytest.raises(DataError, match=r'6 images without a mask .* set missing = "background"'):
+        find_dataset(tmp_path)
+    (tmp_path / "dataset.toml").write_text('missing = "background"\n')
+    dataset = find_dataset(tmp_path)
+    empty = [pair for pair in dataset.pairs if not read_label(pair, dataset).any()]
+    assert [pair.image.name for pair in empty] == [f"not_fire{k:03}.png" for k in range(6)]

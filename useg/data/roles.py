@@ -44,6 +44,8 @@ _NUM_SAMPLED = 4
 _MAX_FILES_OF_ONE_PAIR = 5
 # Names of images that are no photographs of what the masks show. Photographs may be in colour.
 _OTHER_IMAGE_WORDS = OTHER_WORDS - {"color", "colors", "colour", "colours", "colored"}
+# Images of the opposite are called so.
+_NEGATIONS = frozenset(["not", "no", "non", "without"])
 # What has masks is called so, as in labeled_train/images, and not only the masks.
 _HAVING_MASKS = frozenset(["labeled", "labelled"])
 _JOIN_ADVICE = (
@@ -245,7 +247,7 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         main, note = _choose_images(links, files)
         main = add_numbered_masks(main, used, files.paths)
         images, masks = set(main.partners), set(main.partners.values())
-        same = _links_to_same_masks(main, links)
+        same = _links_to_same_masks(main, links, files)
         # Depth maps of the images have no masks of their own.
         known = images.union(*(link.partners for link in same))
         claims = _masks_of_other_images(known, links)
@@ -312,7 +314,7 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     """
     main = links[0]
     images = set(main.partners)
-    sets = [main, *_distinct(_links_to_same_masks(main, links), of_images=True)]
+    sets = [main, *_distinct(_links_to_same_masks(main, links, files), of_images=True)]
     sets = [link for link in sets if 2 * len(link.partners) > len(main.partners)]
     if len(sets) == 1:
         return main, ""
@@ -346,8 +348,11 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     )
 
 
-def _links_to_same_masks(main: Link, links: Sequence[Link]) -> list[Link]:
-    """Return the links from other images to the same masks."""
+def _links_to_same_masks(main: Link, links: Sequence[Link], files: NamedFiles) -> list[Link]:
+    """Return the links from other images to the same masks.
+
+    Images called ``not_fire`` beside ``fire`` show something else, and have no masks.
+    """
     images, masks = set(main.partners), set(main.partners.values())
     return [
         link
@@ -355,6 +360,7 @@ def _links_to_same_masks(main: Link, links: Sequence[Link]) -> list[Link]:
         if set(link.partners.values()) & masks
         and not set(link.partners) & (images | masks)
         and not _have_own_masks(link, main, links)
+        and not (files.constants(link.partners) - files.constants(main.partners)) & _NEGATIONS
     ]
 
 
