@@ -1018,3 +1018,47 @@ def test_images_of_the_opposite_are_no_other_set_of_images(tmp_path: Path) -> No
     dataset = find_dataset(tmp_path)
     empty = [pair for pair in dataset.pairs if not read_label(pair, dataset).any()]
     assert [pair.image.name for pair in empty] == [f"not_fire{k:03}.png" for k in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("images/site_{k}.png", "masks/site_{k}_{hash}.png"),
+        ("images/site_{k}_{hash}.png", "masks/site_{k}.png"),
+        ("images/site_{k}.png", "masks/{hash}-site_{k}.png"),
+        ("all/site_{k}.jpg", "all/site_{k}-{hash}.png"),
+        ("{split}/images/site_{k}.png", "{split}/masks/site_{k} ({hash}).png"),
+    ],
+)
+def test_names_that_begin_or_end_with_others_are_paired(
+    tmp_path: Path, image: str, mask: str
+) -> None:
+    rng = np.random.default_rng(1)
+    pairs = {}
+    for k in range(12):
+        pixels, label = yard(k)
+        split = ("train", "val")[k > 8]
+        names = [
+            name.format(k=k % 9, hash=f"{rng.integers(1 << 40):010x}", split=split)
+            if "{split}" in image
+            else name.format(k=k, hash=f"{rng.integers(1 << 40):010x}")
+            for name in (image, mask)
+        ]
+        save(tmp_path / names[0], pixels)
+        save(tmp_path / names[1], (label == 1).astype(np.uint8) * 255)
+        pairs[tmp_path / names[0]] = tmp_path / names[1]
+    dataset = find_dataset(tmp_path)
+    assert {pair.image: pair.mask for pair in dataset.pairs} == pairs
+
+
+def test_rules_that_change_numbers_of_few_files_pair_nothing(tmp_path: Path) -> None:
+    """AROI: ``raw0005`` of each patient has no mask, and not that of ``raw0001``."""
+    for k in range(18):
+        patient, place = f"patient{k // 6}", "labeled" if k % 6 < 4 else "unlabeled"
+        image, label = yard(k)
+        save(tmp_path / patient / "raw" / place / f"{patient}_raw{k % 6:04}.png", image)
+        if place == "labeled":
+            save(tmp_path / patient / "mask" / f"{patient}_raw{k % 6:04}.png", label)
+    dataset = find_dataset(tmp_path)
+    assert len(dataset.pairs) == 12
+    assert all(pair.image.name == pair.mask.name for pair in dataset.pairs)

@@ -140,6 +140,26 @@ def test_changes_between_two_images_are_offered_beside_the_classes_of_each(tmp_p
         assert ask(tmp_path) == ("", [])
 
 
+def test_channels_whose_names_end_with_anything_are_offered(tmp_path: Path) -> None:
+    """BBBC006: ``a01_s1_w1`` and a random text."""
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        image, label = yard(k)
+        for channel in (1, 2):
+            name = f"stacks_{'ab'[k % 2]}{k:02}_s1_w{channel}{rng.integers(1 << 40):010x}.tif"
+            save(tmp_path / "images_z_16" / name, image[..., channel])
+        save(tmp_path / "labels" / f"stacks_{'ab'[k % 2]}{k:02}_s1.png", label)
+    said, offers = ask(tmp_path)
+    assert "2 sets of images for the same masks" in said
+    assert len(offers) == 2
+    for offer in offers:
+        (tmp_path / "dataset.toml").write_text(offer, "utf-8")
+        assert ask(tmp_path) == ("", [])
+        pairs = find_dataset(tmp_path).pairs
+        assert len(pairs) == 8
+        assert all(pair.image.name.startswith(pair.mask.stem) for pair in pairs)
+
+
 def test_a_glob_leaves_out_a_folder_whose_name_begins_alike() -> None:
     files = [Path(f"d/label{k}/{n}.png") for k in (1, 2) for n in (3, 4)]
     assert common_glob(files, Path("d"), [*files, Path("d/label/3.png")]) == "label[12]/*.png"

@@ -105,6 +105,10 @@ MAX_STARS = 3
 _MAX_FITS = 10_000
 # Up to this many ways are all tried, otherwise the first and the last.
 _MAX_PLACES = 64
+# Most characters of a text that tells names from others.
+_MAX_OWN_TEXT = 12
+# Most series, such as channels, of files that begin with the names of others.
+_MAX_SERIES = 8
 # Rules that are tried on all names.
 _MAX_RULES = 48
 
@@ -355,13 +359,37 @@ def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -
     for name in _globs_of_names(inside):
         if not any(fnmatchcase(other, name) for other in others):
             break
+    else:
+        own_text = _find_own_text([path.stem for path in files], others)
+        name = f"*{glob.escape(own_text)}*{_common_suffix(files)}" if own_text else name
     return "/".join((*shared, name))
+
+
+def _find_own_text(stems: Sequence[str], others: Sequence[str]) -> str:
+    """Return a short text that all of some names have, and no others, such as ``_w1``; or ``""``.
+
+    One that begins with a separator is preferred.
+    """
+    first = min(stems, key=len)
+    texts = {
+        first[k : k + length]
+        for k in range(len(first))
+        for length in range(2, min(_MAX_OWN_TEXT, len(first) - k) + 1)
+    }
+    for text in sorted(texts, key=lambda text: (text[0].isalnum(), len(text), text)):
+        if all(text in stem for stem in stems) and not any(text in other for other in others):
+            return text
+    return ""
+
+
+def _common_suffix(files: Iterable[Path]) -> str:
+    suffixes = {path.suffix for path in files}
+    return suffixes.pop() if len(suffixes) == 1 else ".*"
 
 
 def _globs_of_names(files: Sequence[Path]) -> list[str]:
     """Return globs for the names of files, the shortest one first and the most exact one last."""
-    suffixes = {path.suffix for path in files}
-    suffix = suffixes.pop() if len(suffixes) == 1 else ".*"
+    suffix = _common_suffix(files)
     if len({path.name for path in files}) == 1:
         whole = glob.escape(files[0].name)
         return [whole] if len(files) == 1 else [f"*{suffix}", whole]
@@ -487,6 +515,42 @@ def learn_links(names: Sequence[str], others: Sequence[str] | None = None) -> li
     return sorted(links, key=lambda link: -len(link.partners))
 
 
+def learn_starts(names: Collection[str], others: Collection[str]) -> list[Link]:
+    """Find links from names to those with which they begin, or end, if no rule says what is added.
+
+    ``images/a_3f9c`` belongs to ``masks/a``, and so does ``images/3f9c-a``. Where several names
+    begin alike, such as ``a_w1_3f9c`` and ``a_w2_07be``, there is a link for each part that may
+    follow.
+    """
+    return _learn_starts(names, others, 1) or _learn_starts(names, others, -1)
+
+
+def _learn_starts(names: Iterable[str], others: Iterable[str], step: int) -> list[Link]:
+    known = {_split_and_stem(other, step): other for other in others}
+    ends: dict[str, tuple[str, str]] = {}
+    for name in names:
+        split, stem = _split_and_stem(name, step)
+        for k in range(len(stem) - 1, 0, -1):
+            if not stem[k].isalnum() and (split, stem[:k]) in known:
+                ends[name] = known[split, stem[:k]], stem[k:]
+                break
+    for depth in range(1 + max((len(end) for _, end in ends.values()), default=0)):
+        groups: dict[str, dict[str, str]] = defaultdict(dict)
+        for name, (other, end) in ends.items():
+            groups[end[:depth]][name] = other
+        if len(groups) > _MAX_SERIES:
+            break
+        if all(len(set(each.values())) == len(each) for each in groups.values()):
+            return [Link(Rule(()), partners) for partners in groups.values()]
+    return []
+
+
+def _split_and_stem(name: str, step: int) -> tuple[str, str]:
+    """Return the split at the front of a name, or ``""``, and the name of the file alone."""
+    first, stem = name.partition("/")[0], name.rpartition("/")[2][::step]
+    return first if first in SPLIT_FOLDERS else "", stem
+
+
 def _apply_to_all(rule: Rule, names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     partners = {
         name: other
@@ -597,6 +661,21 @@ def _merge_texts(parts: Iterable[tuple[str, str] | None]) -> tuple[tuple[str, st
         else:
             merged.append(part)
     return tuple(merged)
+
+
+def replaces_number(one: str, other: str) -> bool:
+    """Return whether a number in one name stands at the place of another number in the other."""
+    rows = split_name(one), split_name(other)
+    changes = difflib.SequenceMatcher(None, *rows, autojunk=False).get_opcodes()
+    pairs = (
+        [
+            [*filter(str.isdecimal, row[first:last])]
+            for row, first, last in zip(rows, (a, c), (b, d), strict=True)
+        ]
+        for kind, a, b, c, d in changes
+        if kind == "replace"
+    )
+    return any(numbers[0] and numbers[1] and numbers[0] != numbers[1] for numbers in pairs)
 
 
 def _is_count(one: str, other: str) -> bool:

@@ -20,6 +20,7 @@ from useg.data.file_names import (
     MASK_WORDS,
     join_comparable,
     learn_links,
+    learn_starts,
     plain_stem,
     role_of_words,
     split_folder,
@@ -78,7 +79,8 @@ class MatchedFiles:
 def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> MatchedFiles:
     """Pair the images of one list with the masks of another by what is constant in their names.
 
-    Equal names come first. A rule (:class:`useg.data.file_names.Rule`) pairs what they leave.
+    Equal names come first. A rule (:class:`useg.data.file_names.Rule`) pairs what they leave. If
+    there is none, a name may begin with its partner's.
 
     Raises:
         DataError: Two images have the same mask.
@@ -96,6 +98,7 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
         if not links or (pairs and len(links[0].partners) * 10 < min(len(rest), len(others))):
             break
         pairs |= links[0].partners
+    pairs = pairs or _match_starts(images, masks)
     found = [(images[name], masks[other]) for name, other in pairs.items()]
     taken = set(pairs.values())
     return MatchedFiles(
@@ -103,6 +106,20 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
         tuple(path for name, path in images.items() if name not in pairs),
         tuple(path for name, path in masks.items() if name not in taken),
     )
+
+
+def _match_starts(images: Mapping[str, Path], masks: Mapping[str, Path]) -> dict[str, str]:
+    """Pair files of which one's name begins or ends with the other's; none if others do, too."""
+    stems = [
+        {join_comparable(split_name(plain_stem(path))): name for name, path in files.items()}
+        for files in (images, masks)
+    ]
+    if [*map(len, stems)] != [len(images), len(masks)]:
+        # Names in several folders are not unique.
+        return {}
+    links = [*learn_starts(*stems), *(link.reverse for link in learn_starts(*reversed(stems)))]
+    partners = links[0].partners if len(links) == 1 else {}
+    return {stems[0][one]: stems[1][other] for one, other in partners.items()}
 
 
 def _join_comparable_names(names: Iterable[str]) -> dict[str, str]:

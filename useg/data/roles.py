@@ -6,22 +6,25 @@ possible and nothing decides between them, the user has to choose.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
-from useg.data.dataset import pick_evenly
+from useg.data.dataset import SPLIT_FOLDERS, pick_evenly
 from useg.data.file_names import (
     IMAGE_WORDS,
     Link,
     common_glob,
     learn_links,
+    learn_starts,
     merge_folders,
     name_files,
     plain_stem,
+    replaces_number,
     role_of_words,
     split_path,
 )
@@ -38,6 +41,8 @@ from useg.data.official_splits import generalize_folder
 from useg.errors import UsageError, join_names
 from useg.images.image_files import read_size
 
+# Before how often a part of a name has occurred.
+_REPEATED = "/"
 # Files whose pixels tell images from masks, of each set of files.
 _NUM_SAMPLED = 4
 # Among more files than this, a rule for a single pair is an accident.
@@ -52,8 +57,20 @@ _JOIN_ADVICE = (
     "join the bands of each image in one TIFF or .npy: numpy.save('images/NAME.npy', "
     "numpy.dstack([one, other]))"
 )
+# A number that tells masks from images is that of at least so many of all files.
+_MIN_CONSTANT_SHARE = 0.1
+# Folders of which each pair is compared, if no rule connects the names.
+_MAX_FOLDERS = 12
 # A set of masks for a smaller share of the images is not weighed against the others.
 _MIN_RIVAL_SHARE = 0.1
+
+
+def _number_repeated(parts: Iterable[str]) -> Iterator[str]:
+    """Yield parts, the second of two equal ones as another one."""
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts[part] += 1
+        yield f"{part}{_REPEATED}{counts[part]}" if counts[part] > 1 else part
 
 
 class NamedFiles:
@@ -66,9 +83,9 @@ class NamedFiles:
 
     @cached_property
     def parts(self) -> dict[str, frozenset[str]]:
-        """The words and numbers in each path, in lower case."""
+        """The words and numbers in each path, in lower case; one that is repeated counts again."""
         return {
-            name: frozenset(part.casefold() for part in split_path(path, self.root))
+            name: frozenset(_number_repeated(map(str.casefold, split_path(path, self.root))))
             for name, path in self.paths.items()
         }
 
@@ -78,8 +95,12 @@ class NamedFiles:
         return frozenset.intersection(*self.parts.values())
 
     def constants(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the parts that all of these names have, but not all names."""
-        return frozenset.intersection(*(self.parts[name] for name in names)) - self.common
+        """Return the parts that all of these names have, but not all names.
+
+        Those in the folder count even if all names of files have them: ``image/image_1``.
+        """
+        found = frozenset.intersection(*(self.parts[name] for name in names)) - self.common
+        return frozenset(part.partition(_REPEATED)[0] for part in found)
 
     def kind_by_words(self, names: Iterable[str], others: Iterable[str]) -> str:
         """Return ``image`` or ``mask`` if constant words that others lack say so, or ``""``."""
@@ -176,10 +197,47 @@ def links_to_masks(files: NamedFiles) -> list[Link]:
     """
     least = 1 if len(files.paths) <= _MAX_FILES_OF_ONE_PAIR else 2
     links = [link for link in _learn_links(files) if len(link.partners) >= least]
+    links = [link for link in links if not _is_accident(link, len(files.paths))]
     found = [oriented for link in links if (oriented := _orient(link, files))]
+    most = max((len(each.link.partners) for each in found), default=0)
+    if 4 * most < len(files.paths):
+        starts = [link for link in _learn_starts(files) if len(link.partners) >= 2 * most]
+        begun = [oriented for link in starts if (oriented := _orient(link, files))]
+        images = [image for each in begun for image in each.link.partners]
+        # Several masks of one image are those of its objects.
+        found = begun if begun and len({*images}) == len(images) else found
     confirmed = [each for each in found if each.is_confirmed]
     ranked = sorted(confirmed or found, key=lambda each: each.rank)
     return _leave_out_predictions([each.link for each in ranked], files)
+
+
+def _is_accident(link: Link, num_files: int) -> bool:
+    """Whether a link replaces a number in the names of few files, such as ``raw/a_6 -> mask/a_1``.
+
+    ``fly_0_17 -> fly_5_17`` holds for many.
+    """
+    stems = [name.rpartition("/")[2] for name in next(iter(link.partners.items()))]
+    return len(link.partners) < _MIN_CONSTANT_SHARE * num_files and replaces_number(*stems)
+
+
+def _learn_starts(files: NamedFiles) -> list[Link]:
+    """Learn links between folders of which one has names that begin with those of the other.
+
+    They may be one folder.
+    """
+    folders: dict[str, list[str]] = defaultdict(list)
+    for name in files.paths:
+        first, _, rest = name.partition("/")
+        inside = rest if first in SPLIT_FOLDERS.values() else name
+        folders[inside.rpartition("/")[0]].append(name)
+    if len(folders) > _MAX_FOLDERS:
+        return []
+    return [
+        link
+        for names, others in itertools.product(folders.values(), repeat=2)
+        for link in learn_starts(names, others)
+        if 2 * len({*link.partners, *link.partners.values()} & {*others}) > len(others)
+    ]
 
 
 def _orient(link: Link, files: NamedFiles) -> _OrientedLink | None:
