@@ -137,7 +137,7 @@ def train(
             are reused; the rows of the output layer are matched by class name.
         unlabelled: A folder of 4 or more images without masks, from the place where the model will
             work. If it scores much lower on held-out images recoloured like them, half of the
-            training crops are recoloured from then on; otherwise the run is as without them.
+            training crops are recoloured from then on; otherwise these images change nothing.
         resume: Continue the interrupted or killed run in ``out`` with the settings of its
             ``run.toml``; the result is bit for bit that of an uninterrupted run. If there is no
             run, it is started; if it is finished, its report is written again.

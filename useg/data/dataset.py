@@ -243,16 +243,7 @@ def read_pair_image(pair: Pair) -> Image:
     Raises:
         DataError: The image cannot be read.
     """
-    return read_pair_image_and_missing(pair)[0]
-
-
-def read_pair_image_and_missing(pair: Pair) -> tuple[Image, NDArray[np.bool_] | None]:
-    """Read a pair's image and where it has no data, as :func:`read_image_and_missing` does.
-
-    Raises:
-        DataError: The image cannot be read.
-    """
-    return read_image_and_missing(pair.image, page=pair.page)
+    return read_image_and_missing(pair.image, pair.page)[0]
 
 
 def read_label(pair: Pair, dataset: Dataset) -> Label:
@@ -524,7 +515,7 @@ def read_sample(pair: Pair, dataset: Dataset) -> Sample:
     Raises:
         DataError: As :func:`read_label`; also if image and mask differ in size.
     """
-    image, missing = read_pair_image_and_missing(pair)
+    image, missing = read_image_and_missing(pair.image, pair.page)
     label = read_label(pair, dataset)
     size = image.shape[1], image.shape[0]
     if is_reduced((label.shape[1], label.shape[0]), size, dataset.encoding.scale):

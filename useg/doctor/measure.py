@@ -25,7 +25,6 @@ from useg.data.dataset import (
     Dataset,
     Pair,
     pair_name,
-    read_pair_image_and_missing,
 )
 from useg.data.duplicates import (
     SIGNATURE_SIDE,
@@ -48,6 +47,7 @@ from useg.doctor.mask_codes import (
     read_codes_and_band,
 )
 from useg.errors import UsageError
+from useg.images.image_files import read_image_and_missing
 
 Severity = Literal["error", "warning", "note"]
 Computed = TypeVar("Computed")
@@ -323,7 +323,7 @@ class MeasuredDataset:
 def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement:
     """Read a pair and measure it; with ``palettes``, read the colours of palette files too."""
     try:
-        image, missing = read_pair_image_and_missing(pair)
+        image, missing = read_image_and_missing(pair.image, pair.page)
     except UsageError as error:
         return Measurement(pair, read_error=(pair.image, error))
     H, W, bands = image.shape

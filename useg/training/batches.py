@@ -75,7 +75,8 @@ def pixel_statistics(samples: Samples) -> tuple[list[float], list[float]]:
     few hot pixels do not matter. Of those with pixels without data, labelled ones count. A constant
     band has deviation 1.
     """
-    mean, std = _exact(samples) if samples.pixels == "uint8" else _robust(samples)
+    measure = _exact_statistics if samples.pixels == "uint8" else _robust_statistics
+    mean, std = measure(samples)
     means, deviations = mean.tolist(), std.tolist()
     # A constant band may have a tiny deviation from rounding.
     return means, [
@@ -84,14 +85,14 @@ def pixel_statistics(samples: Samples) -> tuple[list[float], list[float]]:
     ]
 
 
-def _exact(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _exact_statistics(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     num_pixels = max(1, samples.table.counted.sum())
     total, squares = samples.table.moments.sum(0)
     mean = total / num_pixels
     return mean, np.sqrt(np.maximum(squares / num_pixels - mean**2, 0))
 
 
-def _robust(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _robust_statistics(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     per_sample = max(1, MAX_SAMPLED_PIXELS // len(samples))
     chosen = []
     for sample, area, counted in zip(
@@ -499,8 +500,8 @@ class Batches:
         shape = on_device.shapes[index] if on_device else self.samples[index].label.shape
         width, height = zoom * size[0], zoom * size[1]
         if not self.flips:
-            top = _draw_whole_start(rng, shape[0] - height)
-            left = _draw_whole_start(rng, shape[1] - width)
+            top = _draw_integer_start(rng, shape[0] - height)
+            left = _draw_integer_start(rng, shape[1] - width)
             return index, Crop(top, left, zoom)
         crop = draw_crop(rng, shape, (width, height), self.flips, self.mean, self.std, self.zoom)
         change = None
@@ -521,7 +522,7 @@ class Batches:
         return self._measured[index]
 
 
-def _draw_whole_start(rng: np.random.Generator, room: int) -> int:
+def _draw_integer_start(rng: np.random.Generator, room: int) -> int:
     return int(rng.integers(min(0, room), max(0, room) + 1))
 
 

@@ -120,7 +120,8 @@ def fit(
     budget = None
     if not resume:
         trainer.settings = trainer.settings.with_({"train.thread_changes": threads.changes})
-        budget = _start_run(trainer, began, progress, has_report=predict_report_seconds is not None)
+        has_report = predict_report_seconds is not None
+        budget = _start_run(trainer, began, progress, has_report=has_report)
         if distributed.process_rank() == 0:
             # The splits come last: a run that has none is started again.
             write_settings(out / "run.toml", trainer.settings, provenance)

@@ -84,9 +84,9 @@ class Schedule:
     coarse: float = 0.0
 
     def __post_init__(self) -> None:
-        self._lay_out()
+        self._divide_into_parts()
 
-    def _lay_out(self) -> None:
+    def _divide_into_parts(self) -> None:
         """Compute for each part between recounts: its first step, position there, and rate."""
         self._parts: list[tuple[int, float, float]] = []
         first, position = 0, 0.0
@@ -127,7 +127,7 @@ class Schedule:
     def recount(self, step: int, remaining: int) -> None:
         """Set the number of steps that remain after this one."""
         self.recounts, self.steps = (*self.recounts, (step, self.steps)), step + remaining
-        self._lay_out()
+        self._divide_into_parts()
 
 
 @dataclass

@@ -204,7 +204,7 @@ class TrainingSession:
 
     def take_step(self, x: Tensor, target: Tensor) -> TakenStep:
         """Start the next training step; a GPU may still compute it when this returns."""
-        self.threads.repeat(self.num_taken)
+        self.threads.apply_changes_until(self.num_taken)
         self.num_taken += 1
         # That of the first group: without the factor of the encoder.
         learning_rate = float(self.scheduler.get_last_lr()[0])

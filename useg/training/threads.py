@@ -30,7 +30,7 @@ MIN_TAKEN_SHARE = 0.5
 # A thread comes back if other programs leave its core idle, except for this share.
 MAX_IDLE_SHARE = 0.25
 
-# Cores are looked at after this many seconds, and at first for this long.
+# The use of the cores is measured after this many seconds, and at first for this long.
 WATCH_SECONDS = 1.0
 FIRST_WATCH_SECONDS = 0.1
 
@@ -99,8 +99,8 @@ class ThreadControl:
         self._programs, self._others = OtherPrograms(), 0.0
         self._watched = time.monotonic()
 
-    def repeat(self, step: int) -> None:
-        """Use the threads that the step after this one had."""
+    def apply_changes_until(self, step: int) -> None:
+        """Set the number of threads of the step after this one."""
         if earlier := [threads for changed, threads in self.changes if changed <= step]:
             torch.set_num_threads(earlier[-1])
 
@@ -144,7 +144,7 @@ class ThreadControl:
         if fitting == threads:
             return False
         self.changes = (*self.changes, (step, fitting))
-        self.repeat(step)
+        self.apply_changes_until(step)
         return True
 
 
