@@ -115,7 +115,7 @@ def measure_training(folder: Path) -> CodePath:
 
     The doctor's survey of the data, which `force` leaves out, is not part of it.
     """
-    from useg import api
+    from useg import api, device
     from useg.scenes.generate import write_scenes
     from useg.training import session
 
@@ -131,6 +131,8 @@ def measure_training(folder: Path) -> CodePath:
     tracer.start()
     # The run ends with a model, which prediction needs; nobody needs its report.
     with (
+        # bf16, whose layers are compiled, although other programs may disturb its measurement.
+        patch.object(device, "MIN_SPEEDUP", 0.0),
         patch.object(session, "save_model", write_and_stop),
         patch.object(api, "evaluate_dataset", side_effect=KeyboardInterrupt),
         suppress(KeyboardInterrupt),
