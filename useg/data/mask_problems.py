@@ -210,13 +210,17 @@ def describe_ids_and_colors(masks: Sequence[MaskContent]) -> str:
 
 
 def describe_two_scales(masks: Sequence[MaskContent]) -> str:
-    """Return a problem if some masks have ids and others as many grey levels, or ``""``."""
+    """Return a problem if some masks have ids and others as many grey levels, or ``""``.
+
+    The ids may also count from 1, such as 1 and 2 beside 0 and 255.
+    """
     groups = [[mask for mask in masks if _has_low_ids(mask) == is_low] for is_low in (True, False)]
-    low, high = ({code for mask in group for code in mask.codes.tolist()} - {0} for group in groups)
-    levels = np.array(sorted(high))
-    if min(len(low), len(high)) < 2 or len(low) != len(high) or low & high:
+    low, high = ({code for mask in group for code in mask.codes.tolist()} for group in groups)
+    levels = high - {0}
+    first = low & {0}
+    if len(low - first) != len(high - first) or len(low - first) < 2 or low & levels:
         return ""
-    if min(high) < MIN_GREY_LEVEL or np.ptp(np.diff([0, *levels])) > 1:
+    if min(levels) < MIN_GREY_LEVEL or np.ptp(np.diff([0, *sorted(levels)])) > 1:
         return ""
     other = next(mask for mask in groups[1] if mask.highest > 0)
     return _describe_two_ways(groups[0][0], other, "grey levels")
