@@ -1062,3 +1062,70 @@ def test_rules_that_change_numbers_of_few_files_pair_nothing(tmp_path: Path) -> 
     dataset = find_dataset(tmp_path)
     assert len(dataset.pairs) == 12
     assert all(pair.image.name == pair.mask.name for pair in dataset.pairs)
+
+
+LINES_OF_LISTS = {
+    "numbers": "{k}",
+    "numbers with zeros": "{k:03}",
+    "names of another format": "S2_{k:03}_sat.jpg",
+    "parts of names": "{k:03}_sat",
+    "images and masks": "old/{k:03}.png old/{k:03}_gt.png",
+}
+
+
+@pytest.mark.parametrize("kind", LINES_OF_LISTS)
+def test_lists_may_name_images_by_the_part_that_differs(tmp_path: Path, kind: str) -> None:
+    for k in range(10):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"S2_{k:03}_sat.png", image)
+        save(tmp_path / "masks" / f"S2_{k:03}_gt.png", label)
+    for split, numbers in (("train", range(7)), ("val", range(7, 10))):
+        lines = [LINES_OF_LISTS[kind].format(k=k) for k in numbers]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    dataset = assign_splits(find_dataset(tmp_path))
+    assert [pair.split for pair in dataset.pairs] == ["train"] * 7 + ["val"] * 3
+    # Numbers from 0 may count the images from 1.
+    (tmp_path / "val.txt").write_text("8\n9\n10\n")
+    dataset = find_dataset(tmp_path)
+    assert not any(pair.split for pair in dataset.pairs)
+    assert "too few of their lines name an image" in " ".join(dataset.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.json", {f"s{k}.png": {"split": ("train", "val")[k > 6]} for k in range(10)}),
+        (
+            "dataset.json",
+            {"images": [{"file": f"s{k}.png", "set": ("train", "test")[k > 6]} for k in range(10)]},
+        ),
+        ("data.yaml", {"train": [f"s{k}" for k in range(7)], "val": ["s7", "s8", "s9"]}),
+    ],
+)
+def test_records_and_settings_with_splits_are_official(
+    tmp_path: Path, name: str, content: dict[str, object]
+) -> None:
+    for k in range(10):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"s{k}.png", image)
+        save(tmp_path / "masks" / f"s{k}.png", label)
+    lists = "".join(f"{key}: {json.dumps(value)}\n" for key, value in content.items())
+    (tmp_path / name).write_text(lists if name.endswith("yaml") else json.dumps(content))
+    dataset = find_dataset(tmp_path)
+    assert [bool(pair.split in ("val", "test")) for pair in dataset.pairs] == [False] * 7 + [
+        True
+    ] * 3
+    assert f"official: {name}" in dataset.splits_by
+
+
+def test_lists_win_where_a_folder_called_valid_is_the_only_split(tmp_path: Path) -> None:
+    """DeepFish has ``images/valid`` beside ``images/empty``."""
+    for k in range(10):
+        image, label = yard(k)
+        folder = ("valid", "empty")[k > 5]
+        save(tmp_path / "images" / folder / f"f{k}.png", image)
+        save(tmp_path / "masks" / folder / f"f{k}.png", label if k < 6 else label * 0)
+    (tmp_path / "train.csv").write_text("ID\nvalid/f0\nvalid/f1\nvalid/f2\nempty/f6\nempty/f7\n")
+    (tmp_path / "val.csv").write_text("ID\nvalid/f3\nvalid/f4\nvalid/f5\nempty/f8\nempty/f9\n")
+    dataset = find_dataset(tmp_path)
+    assert sorted(pair.image.stem for pair in dataset.of("val")) == ["f3", "f4", "f5", "f8", "f9"]

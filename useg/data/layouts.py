@@ -307,7 +307,7 @@ def _split_by_lists(found: DetectedLayout, folder: Path, own: str) -> DetectedLa
     """Split pairs by ``train.txt`` and its like, unless folders hold out some for validation."""
     files = list_files(folder, LIST_SUFFIXES)
     lists = [path for path in files if path != folder / (own or "split.csv")]
-    if not lists or any(pair.split == "val" for pair in found.pairs):
+    if not lists or {"train", "val"} <= {pair.split for pair in found.pairs}:
         return found
     listed = read_split_lists(lists, found.pairs, folder)
     names = ", ".join(path.name for path in listed.files)

@@ -16,6 +16,7 @@ from useg.data.file_names import (
     MASK_WORDS,
     SHORT_SPLITS,
     YEAR,
+    join_comparable,
     plain_stem,
     split_folder,
     split_name,
@@ -28,6 +29,7 @@ from useg.data.split_files import (
     split_of_list,
 )
 from useg.errors import DataError, format_count
+from useg.images.formats import IMAGE_SUFFIXES
 from useg.parsing import decode_text, read_limited
 
 # What may stand beside a split in a folder's name, apart from numbers: stage1_train, train_data.
@@ -284,7 +286,55 @@ def _read_best_group(
     for place in sorted(groups, key=lambda path: (path.name != "Segmentation", path)):
         found = _read_group(groups[place], names, folders)
         best = found if len(found[0]) > len(best[0]) else best
+    return best if best[0] else _read_short_names(groups, pairs)
+
+
+def _read_short_names(
+    groups: Mapping[Path, Sequence[_SplitList]], pairs: Sequence[Pair]
+) -> tuple[dict[Pair, str], tuple[Path, ...]]:
+    """Return the splits by lists that call images by the part of their names that differs.
+
+    ``7`` and ``007.jpg`` stand for ``img_007_sat.png``. All lines of all lists must name an image.
+    """
+    names = _short_names_of(pairs)
+    best: tuple[dict[Pair, str], tuple[Path, ...]] = ({}, ())
+    for place in sorted(groups):
+        lists = []
+        for each in groups[place]:
+            lines = each.lines
+            if lines is None:
+                lines = tuple(_read_lines(each.file, len(names)))
+            lists.append(replace(each, lines=tuple(map(_shorten_line, lines))))
+        if all(each.lines and names.keys() >= {*each.lines} for each in lists):
+            found = _read_group(lists, names, {})
+            best = found if len(found[0]) > len(best[0]) else best
     return best
+
+
+def _short_names_of(pairs: Sequence[Pair]) -> dict[str, set[Pair]]:
+    """Return pairs by their stems, with and without what all stems begin and end with."""
+    found: dict[str, set[Pair]] = defaultdict(set)
+    for paths in ([pair.image for pair in pairs], [pair.mask for pair in pairs]):
+        rows = [split_name(plain_stem(path)) for path in paths]
+        width = min(map(len, rows)) - 1
+        start, end = (
+            next(
+                (k for k in range(width) if len({row[k * step + shift] for row in rows}) > 1), width
+            )
+            for step, shift in ((1, 0), (-1, -1))
+        )
+        for pair, row in zip(pairs, rows, strict=True):
+            for parts in (row, row[start:], row[start : max(start + 1, len(row) - end)]):
+                found[join_comparable(parts)].add(pair)
+    return {name: named for name, named in found.items() if name and len(named) == 1}
+
+
+def _shorten_line(line: str) -> str:
+    """``images/007.jpg masks/007.png`` -> ``7``."""
+    cell = re.split(r"[,;\t ]+", line, maxsplit=1)[0].strip("\"'").replace("\\", "/")
+    path = Path(cell[:_MAX_NAME_LENGTH].rpartition("/")[2])
+    stem = plain_stem(path) if path.suffix.casefold() in IMAGE_SUFFIXES else path.name
+    return join_comparable(split_name(stem))
 
 
 def _describe_unused_lists(

@@ -72,7 +72,14 @@ _IMAGE_COLUMNS = frozenset(
 _SPLIT_COLUMNS = frozenset(["split", "set", "subset", "partition", "phase", "usage"])
 _FLAG_COLUMN = re.compile(r"(?:is_)?(train|training|val|valid|validation|test|testing)")
 _FOLD_COLUMN = re.compile(r"(k_?)?folds?(_?(id|[0-9]+))?|(cv|split|partition)_?[0-9]+")
-_SPLIT_KEY = re.compile(rb'"(train(ing)?|val(id(ation)?)?)"\s*:\s*\[')
+# Lists of the images of a split, and images with their split.
+_SPLIT_KEY = re.compile(
+    rb'"(train(ing)?|val(id(ation)?)?)"\s*:\s*\['
+    rb'|"(split|set|subset|partition|phase|usage)"\s*:\s*"(train|val|test)'
+)
+_SPLIT_KEY_OF_YAML = re.compile(
+    rb"^(train(ing)?|val(id(ation)?)?)\s*:\s*(\[|[\r\n]\s*- )", re.MULTILINE
+)
 _YES = frozenset(["1", "1.0", "true", "yes", "y", "x"])
 _NO = frozenset(["", "0", "0.0", "false", "no", "n"])
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -92,7 +99,7 @@ def read_split_file(path: Path) -> tuple[dict[str, list[str]], bool]:
     with suppress(OSError, ValueError, RecursionError, csv.Error):
         if suffix in (".csv", ".tsv", ".txt"):
             return _read_split_table(path)
-        if suffix in _YAML_SUFFIXES and has_word:
+        if suffix in _YAML_SUFFIXES and (has_word or _begins_with_splits(path)):
             text = decode_text(read_limited(path, _MAX_YAML_BYTES))
             return _divide_content(parse_yaml(text))
         if suffix == ".json" and (has_word or _begins_with_splits(path)):
@@ -110,12 +117,14 @@ def has_split_word(path: Path) -> bool:
 
 
 def _begins_with_splits(path: Path) -> bool:
-    """Return whether a JSON file begins with a list of names or of images of a split.
+    """Return whether a JSON or YAML file begins with a list of names or of images of a split.
 
     It is called like a list of a split and begins with a text, or a key is called so.
     """
     with open_file(path) as file:
         beginning = file.read(_BEGINNING_BYTES)
+    if path.suffix.lower() in _YAML_SUFFIXES:
+        return _SPLIT_KEY_OF_YAML.search(beginning) is not None
     if b'"annotations"' in beginning:
         return False
     has_names = re.match(rb'\s*\[\s*"', beginning) is not None
@@ -297,6 +306,13 @@ def _rows_of_records(
     return ([str(each.get(key, "")) for key in keys] for each in records)
 
 
+def _split_of_value(value: Any) -> str:
+    """Return the split that a text or a record (``{"split": "train"}``) names, or ``""``."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in value if str(key).casefold() in _SPLIT_COLUMNS), "")
+    return SPLIT_FOLDERS.get(value.casefold(), "") if isinstance(value, str) else ""
+
+
 def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]], bool]:
     """Return the images of each split in JSON or YAML, and whether it has several divisions."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -313,7 +329,7 @@ def _divide_content(content: Any, depth: int = 0) -> tuple[dict[str, list[str]],
     for name, value in content.items() if isinstance(content, dict) else ():
         if isinstance(value, list) and (split := SPLIT_FOLDERS.get(str(name).casefold())):
             found[split] += filter(None, map(_name_in_list, value))
-        elif isinstance(value, str) and (split := SPLIT_FOLDERS.get(value.casefold())):
+        elif split := _split_of_value(value):
             found[split].append(str(name))
     if found or depth > 0 or not isinstance(content, dict | list):
         return found, False
