@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from useg.classes import ClassTable
 from useg.errors import UsageError
 from useg.models.baselines import FCN, PixelClassifier
-from useg.models.describe import INPUT_FIELD, describe, field_of
+from useg.models.describe import INPUT_FIELD, describe, field_of, largest_feature_map
 from useg.models.encoders import EncoderUNet
-from useg.models.segmenter import NETWORKS, Segmenter, build_network
+from useg.models.segmenter import NETWORKS, Segmenter, build_network, on_meta
 from useg.models.unet import UNet
 
 pytestmark = pytest.mark.wheel
@@ -43,6 +44,16 @@ def test_totals_equal_the_parameters_and_flops_of_the_network(encoder: str) -> N
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, 3, 64, 96))
     assert 2 * description.macs == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("encoder", list(NETWORKS))
+def test_the_largest_feature_map_is_that_of_the_table(encoder: str) -> None:
+    with on_meta("the model"):
+        network = build_network({"encoder": encoder, "channels": 3, "classes": 5, "width": 8})
+    side = network.valid_size(64)
+    description = describe(network, (side, side))
+    largest = max(math.prod(layer.shape) for layer in description.layers)
+    assert largest_feature_map(network, side) == largest
 
 
 def test_course_unet_equals_counts_by_hand() -> None:

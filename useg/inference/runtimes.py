@@ -7,7 +7,6 @@ models (:mod:`useg.inference.exported`) and convert trained ones.
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ MAX_WINDOW_BYTES = 1 << 30
 PEAK_FEATURE_MAPS = 7
 PEAK_LOGIT_MAPS = 2
 
-# Side of the image for which the network is described to estimate its memory.
+# Side of the image for which the network is computed to estimate its memory.
 DESCRIBED_SIDE_PIXELS = 256
 
 
@@ -360,13 +359,12 @@ def bytes_per_pixel(description: ModelDescription) -> int:
     It is seven times its largest feature map and twice its logits: the content of the last level
     of the expanding path.
     """
-    from useg.models.describe import describe
+    from useg.models.describe import largest_feature_map
 
     side = description.valid_size(max(DESCRIBED_SIDE_PIXELS, description.smallest))
     with on_meta("the model"):
         network = build_network(description.network)
-    largest_map = max(math.prod(layer.shape) for layer in describe(network, (side, side)).layers)
-    maps_per_pixel = PEAK_FEATURE_MAPS * largest_map / side**2
+    maps_per_pixel = PEAK_FEATURE_MAPS * largest_feature_map(network, side) / side**2
     return int(4 * (maps_per_pixel + PEAK_LOGIT_MAPS * description.num_outputs))
 
 

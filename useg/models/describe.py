@@ -350,6 +350,28 @@ def describe(model: nn.Module, size: tuple[int, int]) -> Description:
     return Description(type(model).__name__, tuple(image.shape[1:]), tuple(layers))
 
 
+def largest_feature_map(network: nn.Module, side: int) -> int:
+    """Return how many values the largest feature map has, for one square image of this side.
+
+    It loads less than :func:`describe`: on the meta device, PyTorch first imports its compiler,
+    which takes more than a second.
+
+    Args:
+        network: A network on the meta device. It is moved to the CPU, where all weights are 0.
+        side: In pixels.
+    """
+    sizes: list[int] = []
+    for layer in network.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel()))
+    weights = {name: torch.zeros(each.shape) for name, each in network.state_dict().items()}
+    network.load_state_dict(weights, assign=True)
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    with torch.inference_mode():
+        network.eval()(torch.zeros(1, first.in_channels, side, side))
+    return max(sizes)
+
+
 def macs_of(module: nn.Module, x: Tensor, y: Tensor) -> int:
     """Return the multiply-adds of a convolution from ``x`` to ``y``; 0 for another layer."""
     # Each weight is applied to each input pixel.
