@@ -519,6 +519,67 @@ def test_other_files_that_are_called_masks_are_asked_about(
         find_dataset(tmp_path)
 
 
+def test_other_files_that_are_called_masks_are_offered_in_series(tmp_path: Path) -> None:
+    """WeedMap repeats the number of the folder in the names of its masks."""
+    for k in range(12):
+        image, label = yard(k)
+        folder, frame = tmp_path / "RedEdge" / f"{k // 6:03}", f"frame{k % 6:04}"
+        save(folder / "tile" / "RGB" / f"{frame}.png", image)
+        for kind in ("NIR", "NDVI"):
+            save(folder / "tile" / kind / f"{frame}.png", image[..., 0])
+        save(folder / "mask" / f"{frame}.png", np.full((HEIGHT, WIDTH), 255, np.uint8))
+        for kind, stored in (("color", COLORS[label]), ("iMap", label)):
+            save(folder / "groundtruth" / f"{folder.name}_{frame}_GroundTruth_{kind}.png", stored)
+    with pytest.raises(DataError) as raised:
+        find_dataset(tmp_path)
+    offers = str(raised.value).partition(":\n")[2].split("\nor\n")
+    assert ["color" in offer for offer in offers] == [False, True, False]
+    for offer, kind in zip(offers[1:], ("color", "iMap"), strict=True):
+        (tmp_path / "dataset.toml").write_text(offer)
+        dataset = find_dataset(tmp_path)
+        for pair in dataset.pairs:
+            folder = pair.image.parents[2]
+            assert pair.image.parent.name == "RGB"
+            assert pair.mask.parent == folder / "groundtruth"
+            assert pair.mask.name == f"{folder.name}_{pair.image.stem}_GroundTruth_{kind}.png"
+        assert len(dataset.pairs) == 12
+
+
+def test_names_that_do_not_agree_can_be_listed_in_a_table(tmp_path: Path) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "photos" / f"IMG_20{k}12_{'kqzwx'[k]}.jpg", image)
+        save(tmp_path / "truth" / f"mask_{k + 1}.png", label)
+    with pytest.raises(DataError, match=r"pairs.csv with the columns image,mask"):
+        find_dataset(tmp_path)
+    rows = (f"IMG_20{k}12_{'kqzwx'[k]}.jpg,mask_{k + 1}.png\n" for k in range(5))
+    (tmp_path / "pairs.csv").write_text("image,mask\n" + "".join(rows))
+    assert [pair.mask.stem for pair in find_dataset(tmp_path).pairs] == [
+        f"mask_{k + 1}" for k in range(5)
+    ]
+
+
+def test_raw_images_are_not_preferred_to_others(tmp_path: Path) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "raw" / f"{k}.png", image)
+        save(tmp_path / "processed" / f"{k}.png", 255 - image)
+        save(tmp_path / "masks" / f"{k}.png", label)
+    with pytest.raises(DataError, match=r"2 sets of images for the same masks: .*raw/\*\.png"):
+        find_dataset(tmp_path)
+
+
+def test_images_called_labelled_have_the_masks_of_their_names(tmp_path: Path) -> None:
+    for k in range(10):
+        image, label = yard(k)
+        save(tmp_path / ("labeled" if k < 6 else "unlabeled") / f"s{k}.jpg", image)
+        if k < 6:
+            save(tmp_path / "masks" / f"s{k}.png", label)
+    dataset = find_dataset(tmp_path)
+    assert [pair.image.parent.name for pair in dataset.pairs] == ["labeled"] * 6
+    assert "4 other files left out" in " ".join(dataset.notes)
+
+
 def test_words_that_only_masks_have_may_be_classes(tmp_path: Path) -> None:
     for k in range(6):
         image, label = yard(k)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +26,7 @@ from useg.data.file_names import (
     split_folder,
     split_name,
 )
-from useg.data.ground_truth import OTHER_WORDS
+from useg.data.ground_truth import OTHER_WORDS, Candidate, OpenChoiceError
 from useg.data.mask_content import describe_constant_shape, is_two_valued
 from useg.data.object_masks import (
     find_object_masks,
@@ -505,7 +505,7 @@ def _refuse_other_masks(
     """Refuse pairs if as many other files are called masks, which may be the truth.
 
     Raises:
-        DataError: There are such files.
+        OpenChoiceError: There are such files.
     """
     names = {path: name for name, path in files.paths.items()}
     groups: dict[str, list[str]] = defaultdict(list)
@@ -520,13 +520,27 @@ def _refuse_other_masks(
             and words & MASK_WORDS
             and not words & ((OTHER_WORDS - taken) | (MASK_WORDS & taken))
         ):
-            masks = next(iter(found.values()))
-            raise DataError(
-                f"it is unclear which files are the masks: '{masks[0]}' and others have the "
-                f"names of images, but {format_count(len(group), 'other file')} such as "
-                f"'{files.paths[group[0]]}' are called masks, too; write the globs of the right "
-                f"ones as images and masks into {files.root / 'dataset.toml'}"
+            chosen = {image: masks[0] for image, masks in found.items()}
+            raise OpenChoiceError(
+                f"it is unclear which files are the masks: '{next(iter(chosen.values()))}' and "
+                f"others have the names of images, but {format_count(len(group), 'other file')} "
+                f"such as '{files.paths[group[0]]}' are called masks, too",
+                [Candidate("", chosen), *_match_series(found, group, files)],
             )
+
+
+def _match_series(
+    images: Iterable[Path], names: Iterable[str], files: NamedFiles
+) -> Iterator[Candidate]:
+    """Yield files as the masks of images, those that are called alike together."""
+    series: dict[str, dict[str, Path]] = defaultdict(dict)
+    for name in names:
+        series[re.sub("[0-9]+", "0", name.rpartition("/")[2])][name] = files.paths[name]
+    listed = {name: path for name, path in files.paths.items() if path in {*images}}
+    for masks in series.values():
+        pairs = match_lists(listed, masks).pairs
+        if 2 * len(pairs) > len(listed):
+            yield Candidate("", dict(pairs))
 
 
 def describe_foreign(foreign: Sequence[Path], root: Path) -> str:

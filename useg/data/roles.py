@@ -245,6 +245,10 @@ def _orient(link: Link, files: NamedFiles) -> _OrientedLink | None:
     sides = list(link.partners), list(link.partners.values())
     words = [files.kind_by_words(*sides), files.kind_by_words(*reversed(sides))]
     constants = [files.constants(side) - _HAVING_MASKS for side in sides]
+    if words == ["mask", "mask"]:
+        # Images are called labelled, too.
+        one, other = constants
+        words = [role_of_words(one - other), role_of_words(other - one)]
     if not any(words) and all(role_of_words(own) == "mask" for own in constants):
         # Both are called masks, whatever they look like: neither are the images.
         return None
@@ -492,7 +496,8 @@ def _criteria_of_images(
     is_shortest = sizes.count(min(sizes)) == 1
     plain = [is_shortest and all(own <= others for others in constants) for own in constants]
     yield lambda k: plain[k] and shared[k] == best, "have longer names", False
-    yield lambda k: bool(constants[k] & IMAGE_WORDS), "are not called images", False
+    # Raw images may be those before a correction that moved things.
+    yield lambda k: bool(constants[k] & IMAGE_WORDS - {"raw"}), "are not called images", False
     yield lambda k: shared[k] == best, "share fewer folders with the masks", False
 
 

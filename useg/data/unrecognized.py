@@ -355,6 +355,7 @@ def _advise(folder: Path, others: Sequence[Path], suffixes: Counter[str]) -> str
     return (
         "It recognises images and masks whose names agree, such as images/a.png with "
         "masks/a.png or a.png with a_mask.png, and annotation files of COCO, CVAT, LabelMe, "
-        "Label Studio, Supervisely, VIA and YOLO. Rename your files, or write their globs as "
-        f"images and masks into {folder / 'dataset.toml'}"
+        "Label Studio, Supervisely, VIA and YOLO. Rename your files, list each image with its mask "
+        f"in {folder / 'pairs.csv'} with the columns image,mask, or write their globs as images "
+        f"and masks into {folder / 'dataset.toml'}"
     )
