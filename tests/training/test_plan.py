@@ -275,6 +275,8 @@ def test_plan_is_a_table_and_is_stored(tmp_path: Path) -> None:
     lines = planned(dataset, model__width=8).explain()
     assert lines[0].split()[:2] == ["model.encoder", "plain"]
     assert len({line.index(word) for line, word in ((lines[0], "plain"), (lines[1], "4"))}) == 1
+    shown = {line.split()[0]: line.split()[1] for line in lines}
+    assert (shown["data.crop"].count("x"), shown["train.zoom"]) == (1, "0.6-1.15")
     loop.fit(dataset, tmp_path / "run", quick_settings(train__epochs=1))
     stored = tomllib.loads((tmp_path / "run" / "run.toml").read_text())["provenance"]["plan"]
     assert stored["data.size"].startswith("whole scenes: the position of a pixel explains ")

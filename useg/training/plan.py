@@ -123,8 +123,10 @@ class Decision:
 
     @property
     def shown(self) -> str:
-        """The value as it is written in ``run.toml``."""
-        return _format_size(self.value) if isinstance(self.value, tuple) else str(self.value)
+        """The value in few characters: a size is shown as 256x192, a range as 0.5-2.0."""
+        if not isinstance(self.value, tuple):
+            return str(self.value)
+        return ("-" if self.key == "train.zoom" else "x").join(map(str, self.value))
 
 
 @dataclass(frozen=True)

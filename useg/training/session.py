@@ -27,7 +27,7 @@ from useg.errors import DataError, SettingsError, UsageError, format_count
 from useg.images.image_files import write_picture
 from useg.machine import describe_machine
 from useg.models.segmenter import MODEL_NAME, Segmenter, load_model, save_model
-from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
+from useg.scoring.metrics import Confusion, Scores, score
 from useg.training.checkpoint import (
     CHECKPOINT_NAME,
     LogRow,
@@ -165,8 +165,8 @@ class TrainingSession:
         torch.manual_seed(train.seed)
         self.optimizer, self.scheduler = make_optimizer(trainer, self.schedule)
         self.recorder = self._open_recorder()
-        state = self.recorder.state
-        self.stopwatch = Stopwatch(state.seconds)
+        self.num_taken = self.recorder.state.step
+        self.stopwatch = Stopwatch(self.recorder.state.seconds)
         self.monitor = Monitor(
             trainer.model.classes.names,
             trainer.shares,
@@ -175,7 +175,6 @@ class TrainingSession:
             cuts_on_device=trainer.batches.device_samples is not None,
         )
         self.monitor.replay([row["loss"] for row in self.recorder.rows])
-        self.num_taken = state.step
         # The number of steps that was printed last.
         self.reported_steps = self.schedule.steps
         # An early estimate of the score: after which step, on how many images.
@@ -222,7 +221,7 @@ class TrainingSession:
             or stop.requested
             or self.is_validation_due(step)
             or step == self.estimate_step
-            or self.is_comparison_due(step)
+            or (self.unlabelled is not None and self.unlabelled.is_due(step, self.schedule))
             or self.recorder.clock.is_due()
             or (self.budget is not None and self.budget.is_recount_due(step, self.schedule))
         )
@@ -261,7 +260,7 @@ class TrainingSession:
             self.validate(row)
         elif step == self.estimate_step:
             _estimate_score(self)
-        if self.unlabelled and self.is_comparison_due(step):
+        if self.unlabelled and self.unlabelled.is_due(step, self.schedule):
             _compare_colours(self, self.unlabelled, row)
         if self.budget and self.budget.recount(step, self.schedule):
             self.store_recount(step)
@@ -304,15 +303,11 @@ class TrainingSession:
         is_full_size = not self.schedule.is_coarse(step - 1)
         return step == self.schedule.steps or (ends_epoch and is_full_size)
 
-    def is_comparison_due(self, step: int) -> bool:
-        """Return whether to score the model in the colours of images without masks."""
-        return self.unlabelled is not None and self.unlabelled.is_due(step, self.schedule)
-
     def validate(self, row: LogRow) -> None:
         """Validate the model, keep it if it is the best, and add its scores to the row."""
-        step, classes = row["step"], self.trainer.model.classes
+        step, trainer = row["step"], self.trainer
         validation, scores = self.validate_and_keep_best(step)
-        if not self.trainer.val:
+        if not trainer.val:
             return
         row |= {
             "mean_iou": scores.mean_iou,
@@ -321,10 +316,9 @@ class TrainingSession:
         }
         picture = self._picture_path(step)
         if picture and validation.predictions:
-            draw_validation(self.trainer.val, validation.predictions, classes, picture)
-        ious = class_ious(tally(validation.counts)).tolist()
-        by_name = dict(zip(classes.names, ious, strict=True))
-        self.recorder.record_validation(step, by_name, picture)
+            draw_validation(trainer.val, validation.predictions, trainer.model.classes, picture)
+        ious = {each.name: each.iou for each in scores.classes}
+        self.recorder.record_validation(step, ious, picture)
         row["seconds"] = self.stopwatch.seconds_now()
         if self.budget:
             self.budget.validated()
@@ -355,8 +349,7 @@ class TrainingSession:
 
     def update_report_seconds(self) -> None:
         """Measure how long the report would take now, and what else follows training."""
-        if not self.budget:
-            return
+        assert self.budget
         if self.predict_report_seconds:
             model = self.trainer.model
             model.eval()

@@ -381,16 +381,7 @@ def prepare_trainer(
     model = _make_model(classes, plan, train, pretrained, start)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = _make_batches(settings, train, model, device)
-    weights = _class_weights(shares, device) if settings.train.class_weights == "sqrt" else None
-    loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
-    # These batches show the loss of a model that predicts the same everywhere.
-    targets = [batches.at(number)[1] for number in range(4)]
-    chance_loss = np.mean(
-        [chance_level_loss(loss, each & 0xFF, shares, weights) for each in targets]
-    )
-    if settings.model.objects:
-        loss = with_objects(loss, len(classes))
-        chance_loss += np.mean([float(chance_depth_loss(each)) for each in targets])
+    loss, chance_loss = _make_loss(settings, batches, shares)
     return Trainer(
         settings=settings,
         batches=batches,
@@ -401,7 +392,7 @@ def prepare_trainer(
         pretrained=pretrained,
         identity=_describe_run(settings, dataset, train, val, start),
         shares=shares,
-        chance_loss=float(chance_loss),
+        chance_loss=chance_loss,
         num_parts=settings.train.accumulate,
         start=start,
         objects=plan.objects,
@@ -515,6 +506,23 @@ def _choose_photometric(train: TrainSettings, pixels: str) -> PhotometricRange:
         train.exposure if strength else 0.0,
         limit=255.0 if pixels == "uint8" else None,
     )
+
+
+def _make_loss(
+    settings: Settings, batches: Batches, shares: NDArray[np.float64]
+) -> tuple[Loss, float]:
+    """Return the loss, and what it is for a model that predicts the same everywhere."""
+    is_weighted = settings.train.class_weights == "sqrt"
+    weights = _class_weights(shares, batches.device) if is_weighted else None
+    loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
+    targets = [batches.at(number)[1] for number in range(4)]
+    chance_loss = np.mean(
+        [chance_level_loss(loss, each & 0xFF, shares, weights) for each in targets]
+    )
+    if settings.model.objects:
+        loss = with_objects(loss, len(shares))
+        chance_loss += np.mean([float(chance_depth_loss(each)) for each in targets])
+    return loss, float(chance_loss)
 
 
 def _class_weights(shares: NDArray[np.float64], device: torch.device) -> Tensor:
