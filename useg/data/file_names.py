@@ -63,13 +63,6 @@ _ROLE_WORDS = (
 _ROLE_SUFFIX = re.compile(rf"[_\-. ](?:{_ROLE_WORDS})$", re.IGNORECASE)
 _ROLE_PREFIX = re.compile(rf"^(?:{_ROLE_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
 
-# Brush masks of Label Studio.
-BRUSH_MASK_NAME = re.compile(
-    r"task-(?P<task>[0-9]+)-annotation-(?P<annotation>[0-9]+)-by-.*?-tag-(?P<name>.+)-[0-9]+",
-    re.ASCII,
-)
-
-
 # Numbers, words (also those of camelCase) and single other characters.
 _TOKEN = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[\W_]")
 # Folders such as trainannot and imagesTr consist of two words.

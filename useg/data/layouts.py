@@ -30,6 +30,7 @@ from typing import NoReturn
 
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, find_described
+from useg.data.annotations.platforms import BRUSH_MASK_NAME
 from useg.data.annotations.shapes import IGNORE_NAME, Drawing
 from useg.data.classes_from_masks import ClassDecision, infer_classes
 from useg.data.dataset import (
@@ -49,7 +50,7 @@ from useg.data.dataset_toml import (
     quote_toml,
     read_dataset_toml,
 )
-from useg.data.file_names import BRUSH_MASK_NAME, name_files
+from useg.data.file_names import name_files
 from useg.data.ground_truth import OpenChoiceError
 from useg.data.mask_encoding import find_encoding
 from useg.data.mask_problems import describe_unfinished

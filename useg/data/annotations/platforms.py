@@ -50,12 +50,16 @@ from useg.data.annotations.shapes import (
     pack_rings,
     rotate_outline,
 )
-from useg.data.file_names import BRUSH_MASK_NAME
 from useg.errors import DataError, format_count
 from useg.images.formats import IMAGE_SUFFIXES
 
 # Label Studio
 
+# Brush masks of Label Studio.
+BRUSH_MASK_NAME = re.compile(
+    r"task-(?P<task>[0-9]+)-annotation-(?P<annotation>[0-9]+)-by-.*?-tag-(?P<name>.+)-[0-9]+",
+    re.ASCII,
+)
 # Uploads get eight characters in front of their names.
 _UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")
 
