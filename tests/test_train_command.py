@@ -9,6 +9,8 @@ from command_line import run
 
 from useg.scenes.generate import write_scenes
 
+pytestmark = pytest.mark.usefixtures("blank_charts")
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:

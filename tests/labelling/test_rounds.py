@@ -32,6 +32,8 @@ from useg.models.segmenter import Segmenter, save_model
 from useg.scoring.metrics import confusion, mean_iou, tally
 from useg.training.warm_start import find_seen
 
+pytestmark = pytest.mark.usefixtures("blank_charts")
+
 CHILD = Path(__file__).parent / "round_child.py"
 
 

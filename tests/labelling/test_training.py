@@ -18,6 +18,8 @@ from useg.labelling.round_process import choose_start, train_final_model
 from useg.models.segmenter import Segmenter, load_model, save_model
 from useg.training import loop
 
+pytestmark = pytest.mark.usefixtures("blank_charts")
+
 NAMES = ("ground", "square")
 NETWORK = {"encoder": "plain", "width": 2, "depth": 1, "padding": "same", "normalize": False}
 # Stands for the process that trains on everything: says its task.

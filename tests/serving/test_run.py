@@ -36,7 +36,7 @@ from useg.serving.shared_network import LoadPlan
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SECONDS = 3600 if SOAK else 1
 MIN_RESPONSES = 100
-STOPS = 50 if SOAK else 2
+STOPS = 50 if SOAK else 1
 SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]
 
 
