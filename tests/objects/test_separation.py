@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from useg.objects import separation
-from useg.objects.separation import find_levels, grow, measure_depth, separate
+from useg.objects.separation import choose_cuts, find_levels, grow, measure_depth, separate
 from useg.scoring.metrics import regions
 
 
@@ -20,9 +20,10 @@ def number(
     *,
     by_class: bool = False,
     side: float = 0.0,
+    scale: float = 1.0,
 ):
     room = np.zeros((2, *levels.shape), np.uint32)
-    count = separate(levels, room, by_class=by_class, side=side, tile=tile)
+    count = separate(levels, room, by_class=by_class, side=side, cuts=choose_cuts(scale), tile=tile)
     return room[0], count
 
 
@@ -40,12 +41,13 @@ def levels_of(objects: NDArray[np.int64]) -> NDArray[np.uint8]:
     return find_levels((objects > 0).astype(np.uint8), logits, [1])
 
 
-def made_levels(seed: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
+def made_levels(seed: int, shape: tuple[int, int], scale: float = 1.0) -> NDArray[np.uint8]:
     """Return smooth random levels with touching, torn and tiny regions."""
     rng = np.random.default_rng(seed)
     smooth = ndimage.gaussian_filter(rng.random(shape), rng.choice([1.0, 2.0, 4.0]))
     smooth = (smooth - smooth.min()) / np.ptp(smooth)
-    return find_levels((smooth > 0.45).astype(np.uint8), 8 * (smooth - 0.6).astype(np.float32), [1])
+    inside, depth = (smooth > 0.45).astype(np.uint8), 8 * (smooth - 0.6).astype(np.float32)
+    return find_levels(inside, depth, [1], choose_cuts(scale))
 
 
 def test_touching_discs_are_separated() -> None:
@@ -60,6 +62,18 @@ def test_touching_discs_are_separated() -> None:
 def test_without_a_valley_a_region_is_one_object() -> None:
     levels = find_levels(np.ones((8, 30), np.uint8), np.full((8, 30), 5, np.float32), [1])
     assert number(levels)[1] == 1
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 2), (0.8, 2), (2**-0.5, 1), (0.25, 1)])
+def test_shallow_valleys_do_not_split_objects_of_reduced_images(
+    scale: float, expected: int
+) -> None:
+    for valley, top, wanted in ((0.55, 0.65, expected), (0.45, 0.65, 2), (0.75, 0.88, expected)):
+        share = np.full((12, 40), top)
+        share[:, 18:22] = valley
+        logits = np.log(share / (1 - share)).astype(np.float32)
+        levels = find_levels(np.ones(share.shape, np.uint8), logits, [1], choose_cuts(scale))
+        assert number(levels, scale=scale)[1] == wanted
 
 
 def test_parts_that_are_tiny_do_not_split_an_object() -> None:
@@ -125,12 +139,13 @@ def test_an_empty_image_has_no_object() -> None:
     st.tuples(st.integers(3, 70), st.integers(3, 70)),
     st.integers(4, 30),
     st.sampled_from([0.0, 12.0, 25.0]),
+    st.sampled_from([0.5, 1.0]),
 )
 def test_tiles_give_what_one_pass_gives(
-    seed: int, shape: tuple[int, int], tile: int, side: float
+    seed: int, shape: tuple[int, int], tile: int, side: float, scale: float
 ) -> None:
-    levels = made_levels(seed, shape)
-    whole, tiled = number(levels, side=side), number(levels, tile, side=side)
+    levels = made_levels(seed, shape, scale)
+    whole, tiled = (number(levels, each, side=side, scale=scale) for each in (None, tile))
     assert whole[1] == tiled[1]
     np.testing.assert_array_equal(whole[0], tiled[0])
 
@@ -192,16 +207,19 @@ def test_without_depth_objects_are_the_connected_regions_of_a_class(seed: int, t
 
 
 def number_by_hand(
-    inside: NDArray[np.bool_], depth: NDArray[np.float32], side: float
+    inside: NDArray[np.bool_], depth: NDArray[np.float32], side: float, scale: float
 ) -> NDArray[np.int64]:
     """The few lines of docs/objects.md, without tables and tiles."""
     deep, seeds = inside, ndimage.label(inside)[0].astype(np.int64)
-    for cut in separation.DEPTHS:
+    cuts, rise = (np.arange(2, 9) / 10, 0) if scale > 0.75 else (np.arange(10, 75, 4) / 100, 0.12)
+    for cut in cuts:
         parts, count = ndimage.label(deep & (depth > np.log(cut / (1 - cut))))
         owner = np.zeros(count + 1, int)
         owner[parts] = seeds
         least = max(6, 0.2 * (side * (1 - cut)) ** 2)
         owner[np.bincount(parts.ravel(), minlength=count + 1) < least] = owner[0] = 0
+        high = parts[depth > np.log((cut + rise) / (1 - cut - rise))]
+        owner[np.bincount(high, minlength=count + 1) == 0] = 0
         deep = owner[parts] > 0
         is_split = np.bincount(owner, minlength=seeds.max() + 1) > 1
         is_split[0] = False
@@ -216,14 +234,17 @@ def number_by_hand(
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0.0, 12.0, 25.0]))
-def test_the_few_lines_of_the_documentation_give_the_same_objects(seed: int, side: float) -> None:
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 12.0, 25.0]), st.sampled_from([0.7, 1.0, 1.4]))
+def test_the_few_lines_of_the_documentation_give_the_same_objects(
+    seed: int, side: float, scale: float
+) -> None:
     rng = np.random.default_rng(seed)
     smooth = ndimage.gaussian_filter(rng.random((40, 50)), 2.0)
     smooth = (smooth - smooth.min()) / np.ptp(smooth)
     inside, depth = smooth > 0.4, (12 * (smooth - 0.6)).astype(np.float32)
-    found, count = number(find_levels(inside.astype(np.uint8), depth, [1]), side=side)
-    expected = number_by_hand(inside, depth, side)
+    levels = find_levels(inside.astype(np.uint8), depth, [1], choose_cuts(scale))
+    found, count = number(levels, side=side, scale=scale)
+    expected = number_by_hand(inside, depth, side, scale)
     pairs = set(zip(found.ravel().tolist(), expected.ravel().tolist(), strict=True))
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
     assert count == len(np.unique(expected[expected > 0]))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from useg.classes import Label, confidence
 from useg.inference.outputs import find_georeference
 from useg.inference.predictor import Predictor
-from useg.objects.separation import Tile, find_levels, separate, split_tiles
+from useg.objects.separation import Tile, choose_cuts, find_levels, separate, split_tiles
 from useg.objects.table import (
     MAP_TILE_SIDE,
     ObjectMeter,
@@ -121,7 +121,8 @@ class LargeImageObjects:
         depth = outputs[num_classes] if self._predictor.has_objects else None
         levels, labels, confidences, *_ = self._arrays
         self._count = None
-        levels[place] = find_levels(label, depth, self._predictor.object_classes)
+        object_classes, cuts = self._predictor.object_classes, choose_cuts(self._scale)
+        levels[place] = find_levels(label, depth, object_classes, cuts)
         labels[place] = label
         confidences[place] = confidence(outputs[:num_classes], self._predictor.temperature)
 
@@ -141,6 +142,7 @@ class LargeImageObjects:
                 confidences=confidences if self._predictor.has_objects else None,
                 min_pixels=self._predictor.min_pixels_at(self._scale),
                 side=self._predictor.object_side / self._scale,
+                cuts=choose_cuts(self._scale),
                 tile=WORKING_TILE_SIDE,
             )
         return self._count

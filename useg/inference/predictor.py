@@ -538,8 +538,8 @@ def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) ->
             logits = class_logits(predictor.runtime, predictor.views[0])
         else:
             logits = take_log(predictor.mean_probabilities(class_logits))
-        side = predictor.object_side / scale
-        return PixelOutputs(logits, np.mean(depths, 0), predictor.min_pixels_at(scale), side)
+        depth, side = np.mean(depths, 0), predictor.object_side / scale
+        return PixelOutputs(logits, depth, predictor.min_pixels_at(scale), side, scale)
 
     outputs = compute(1.0)
     if not predictor.object_side:

@@ -11,6 +11,10 @@ falls into several parts is split: its parts are the seeds of objects. Small par
 (:func:`_min_part_pixels`). Every other region is one object. Then all seeds grow simultaneously,
 one pixel at a time, until they fill their regions.
 
+In images of objects much larger than in training, which the network sees reduced, parts have to
+be deeper than the cut by :attr:`Cuts.rise`: such objects show more detail, which makes shallow
+valleys inside them.
+
 Regions are connected across tile borders, and a pixel gets the number of a direct neighbour by a
 fixed rule, so the result does not depend on the tiles. Arrays may be memory-mapped files: only a
 few tiles are in memory at a time, plus the tables of the regions.
@@ -28,8 +32,24 @@ from numpy.typing import NDArray
 
 from useg.classes import Label
 
-# Where depths are cut, as shares of the largest.
-DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where depths are cut, to separate objects.
+
+    Args:
+        depths: The cuts, as shares of the largest depth.
+        rise: How many cuts further the depth of a part has to reach.
+    """
+
+    depths: tuple[float, ...]
+    rise: int = 0
+
+
+USUAL_CUTS = Cuts((0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
+REDUCED_CUTS = Cuts(tuple(percent / 100 for percent in range(10, 87, 4)), rise=3)
+# Objects are much larger than in training if the factor on the working size is at most this.
+MAX_REDUCED_SCALE = 0.75
 
 # A part of a region does not become a separate object if it has fewer pixels, or if it belongs to
 # an object of less than this share of the area of a typical one.
@@ -42,7 +62,7 @@ MIN_UNCERTAINTY, UNCERTAIN_RATIO = 0.1, 3
 # Maximum growth of seeds. Pixels that they do not reach become separate objects.
 MAX_GROWTH_PIXELS = 128
 
-# (H, W): 0 outside of objects. In them 1, plus the number of DEPTHS that the depth exceeds; for a
+# (H, W): 0 outside of objects. In them 1, plus the number of cuts that the depth exceeds; for a
 # model that computes no depth 1 plus the class.
 Levels = NDArray[np.uint8]
 
@@ -182,8 +202,16 @@ def measure_min_pixels(areas: Iterable[NDArray[Any]]) -> int:
     return int(min(small, SPECK_SHARE * middle))
 
 
+def choose_cuts(scale: float) -> Cuts:
+    """Return the cuts of a depth that was computed at this factor on the working size."""
+    return REDUCED_CUTS if scale <= MAX_REDUCED_SCALE else USUAL_CUTS
+
+
 def find_levels(
-    label: Label, depth: NDArray[np.float32] | None, object_classes: Sequence[int]
+    label: Label,
+    depth: NDArray[np.float32] | None,
+    object_classes: Sequence[int],
+    cuts: Cuts = USUAL_CUTS,
 ) -> Levels:
     """Return the level of each pixel ``(H, W)``.
 
@@ -191,6 +219,7 @@ def find_levels(
         label: Class ids ``(H, W)``.
         depth: Logits of the depth ``(H, W)``; None if the model computes none.
         object_classes: The classes that consist of objects.
+        cuts: The cuts.
 
     >>> find_levels(np.uint8([[0, 1, 1]]), np.float32([[9, -9, 0.1]]), [1]).tolist()
     [[0, 1, 5]]
@@ -200,7 +229,7 @@ def find_levels(
     inside = is_object[label]
     if depth is None:
         return inside * (label + np.uint8(1))
-    logits = [np.float32(np.log(cut / (1 - cut))) for cut in DEPTHS]
+    logits = [np.float32(np.log(cut / (1 - cut))) for cut in cuts.depths]
     levels: Levels = inside * (1 + np.searchsorted(logits, depth)).astype(np.uint8)
     return levels
 
@@ -212,6 +241,7 @@ def separate(
     by_class: bool = False,
     min_pixels: int = 0,
     side: float = 0.0,
+    cuts: Cuts = USUAL_CUTS,
     confidences: Stored | None = None,
     tile: int | None = None,
 ) -> int:
@@ -224,6 +254,7 @@ def separate(
         by_class: Whether the levels are classes: each connected region of one class is an object.
         min_pixels: An object with fewer pixels gets no number.
         side: The side of a typical object (:func:`typical_side`); 0 if it is unknown.
+        cuts: Those of the levels.
         confidences: The probability of each pixel's class ``(H, W)``: uncertain objects get no
             number. If None, they do.
         tile: Side of the tiles in pixels; None works on the whole at once.
@@ -234,7 +265,7 @@ def separate(
     tiles = list(split_tiles(levels.shape, tile))
     highest = 1 if by_class else max(int(levels[place].max(initial=1)) for place in tiles)
     regions = _connect(lambda place: levels[place], tiles, highest, by_class=by_class)
-    seeds = _choose_seeds(regions, side)
+    seeds = _choose_seeds(regions, side, cuts)
     for k, place in enumerate(tiles):
         found = np.zeros(levels[place].shape, np.uint32)
         for cut, (region, seed) in enumerate(zip(regions, seeds, strict=True), 1):
@@ -374,14 +405,15 @@ def _min_part_pixels(cut: float, side: float) -> float:
     return max(MIN_PART_PIXELS, MIN_PART_SHARE * (side * (1 - cut)) ** 2)
 
 
-def _choose_seeds(regions: Sequence[_Regions], side: float) -> list[NDArray[np.uint32]]:
+def _choose_seeds(regions: Sequence[_Regions], side: float, cuts: Cuts) -> list[NDArray[np.uint32]]:
     """Return the number of the seed that each region is, at each cut; 0 if it is none."""
     chain = np.arange(len(regions[0].areas), dtype=np.int64)
     seeds, count = [chain.copy()], len(chain)
     split: list[NDArray[np.int64]] = []
-    for cut, region in zip(DEPTHS, regions[1:], strict=False):
+    for k, (cut, region) in enumerate(zip(cuts.depths, regions[1:], strict=False), 1):
         own = chain[region.parents]
         own[region.areas < _min_part_pixels(cut, side)] = 0
+        own[~_reach_higher(regions[k : k + cuts.rise + 1], cuts.rise)] = 0
         own[0] = 0
         parts = np.bincount(region.parents[own > 0], minlength=len(chain))
         is_part = (own > 0) & (parts[region.parents] > 1)
@@ -393,6 +425,16 @@ def _choose_seeds(regions: Sequence[_Regions], side: float) -> list[NDArray[np.u
     is_split = np.zeros(count, bool)
     is_split[np.concatenate([np.zeros(0, np.int64), *split])] = True
     return [np.where(is_split[each], 0, each).astype(np.uint32) for each in seeds]
+
+
+def _reach_higher(regions: Sequence[_Regions], rise: int) -> NDArray[np.bool_]:
+    """Return which regions at the first of some cuts contain one that is ``rise`` cuts higher."""
+    reached = np.full(len(regions[-1].areas), len(regions) > rise)
+    for lower, higher in zip(regions[-2::-1], regions[:0:-1], strict=True):
+        below = np.zeros(len(lower.areas), bool)
+        below[higher.parents[reached]] = True
+        reached = below
+    return reached
 
 
 def _grow_tile(seeds: Stored, levels: Stored, place: Tile) -> ObjectMap:

@@ -28,7 +28,14 @@ from useg.classes import ClassTable, Label, confidence, most_probable
 from useg.errors import DataError
 from useg.files import replacing
 from useg.images.image_files import read_mask
-from useg.objects.separation import ObjectMap, Tile, find_levels, separate, typical_side
+from useg.objects.separation import (
+    ObjectMap,
+    Tile,
+    choose_cuts,
+    find_levels,
+    separate,
+    typical_side,
+)
 from useg.ownership import OBJECTS_HEADER, Recognizer, is_own_csv, is_own_tiff
 from useg.parsing import from_cell, to_cell
 
@@ -156,6 +163,7 @@ class PixelOutputs:
             computes none.
         min_pixels: Smaller objects are dropped.
         side: Side of a typical object in pixels; 0 if it is unknown.
+        scale: The factor on the working size at which the depth was computed.
         regions: The objects, if they had to be numbered to compute the depth.
     """
 
@@ -163,6 +171,7 @@ class PixelOutputs:
     depth: NDArray[np.float32] | None = None
     min_pixels: int = 0
     side: float = 0.0
+    scale: float = 1.0
     regions: Regions | None = None
 
 
@@ -199,7 +208,8 @@ def number_regions(
 ) -> Regions:
     """Number the objects of a label map in memory, as :func:`find_objects` does."""
     numbers = [np.zeros(label.shape, np.uint32) for _ in range(2)]
-    levels, by_class = find_levels(label, outputs.depth, object_classes), outputs.depth is None
+    by_class, cuts = outputs.depth is None, choose_cuts(outputs.scale)
+    levels = find_levels(label, outputs.depth, object_classes, cuts)
     confidences = confidence(outputs.logits, temperature)
     count = separate(
         levels,
@@ -207,6 +217,7 @@ def number_regions(
         by_class=by_class,
         min_pixels=outputs.min_pixels,
         side=outputs.side,
+        cuts=cuts,
         confidences=None if by_class else confidences,
     )
     return Regions(label, object_classes, numbers[0], count, confidences)
