@@ -334,8 +334,39 @@ def test_masks_of_several_annotators_are_not_joined(tmp_path: Path, name: str) -
         for n in range(3):
             mask = np.roll(numbers > 0, n % 2, 1).astype(np.uint8) * 255
             save(tmp_path / name.format(k=k, n=n), mask)
-    with pytest.raises(DataError, match="seem to be by several annotators"):
+    with pytest.raises(DataError, match="seem to be by several annotators") as raised:
         find_dataset(tmp_path)
+    for offer in str(raised.value).partition("dataset.toml:\n")[2].split("\nor\n"):
+        if "_mask_" in name:
+            (tmp_path / "dataset.toml").write_text(offer)
+            assert len(find_dataset(tmp_path).pairs) == 5
+
+
+def write_second_download(root: Path, copied: int) -> None:
+    for k in range(8):
+        image, numbers = blobs(k, 2)
+        save(root / "images" / f"p{k}.png", image)
+        save(root / "masks" / f"p{k}.png", (numbers > 0).astype(np.uint8) * 255)
+    mask = (blobs(copied, 2)[1] > 0).astype(np.uint8) * 255
+    save(root / "masks" / "p3 (1).png", mask)
+
+
+def test_second_downloads_of_a_mask_are_no_objects(tmp_path: Path) -> None:
+    write_second_download(tmp_path, copied=3)
+    assert all(pair.truth is None for pair in find_dataset(tmp_path).pairs)
+    write_second_download(tmp_path, copied=5)
+    with pytest.raises(DataError, match=r"p3 \(1\).png' is called like a second") as raised:
+        find_dataset(tmp_path)
+    (tmp_path / "dataset.toml").write_text(str(raised.value).partition("dataset.toml:\n")[2])
+    dataset = find_dataset(tmp_path)
+    assert [pair.mask.name for pair in dataset.pairs] == [f"p{k}.png" for k in range(8)]
+
+
+def test_several_masks_of_a_few_images_are_joined_with_a_note(tmp_path: Path) -> None:
+    write_second_download(tmp_path, copied=5)
+    (tmp_path / "masks" / "p3 (1).png").rename(tmp_path / "masks" / "p3_1.png")
+    notes = " ".join(find_dataset(tmp_path).notes)
+    assert "1 image has several masks, such as 'p3.png' and 'p3_1.png'" in notes
 
 
 @pytest.mark.parametrize(

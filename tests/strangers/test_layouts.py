@@ -476,7 +476,7 @@ def test_numbered_masks_of_one_image_are_joined(tmp_path: Path) -> None:
 def test_numbered_masks_of_classes_are_not_joined(tmp_path: Path) -> None:
     for k in range(4):
         _, label = write_pair(tmp_path, k, "images/a{k}.png", "masks/a{k}_mask.png")
-    save(tmp_path / "masks" / "a3_mask_1.png", label)
+    save(tmp_path / "masks" / "a3_mask_1.png", label[:, ::-1])
     with pytest.raises(DataError, match=r"several masks \(.*a3_mask_1.png'\) with more than two"):
         find_dataset(tmp_path)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from filecmp import cmp
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,11 @@ _MIN_FULL_COVER = 0.99
 
 # As many classes as ADE20K's benchmark has.
 _NUM_ADE20K_CLASSES = 150
+
+# A set of masks is offered if it exists for this share of the images.
+_MIN_SERIES = 0.5
+# What browsers add to the name of a file that exists.
+_SECOND_DOWNLOAD = re.compile(r" ?\([0-9]+\)$")
 
 # What masks mark at the points of a grid, for a few images.
 _Marked = list[list[NDArray[np.bool_]]]
@@ -167,11 +173,13 @@ def _cover_whole_image(several: Sequence[Sequence[Path]], marked: _Marked) -> bo
     )
 
 
-def _refuse_several_annotators(several: Sequence[Sequence[Path]], marked: _Marked) -> None:
+def _refuse_several_annotators(
+    several: Sequence[Sequence[Path]], marked: _Marked, candidates: Sequence[Candidate] = ()
+) -> None:
     """Refuse several masks of each image that show the same objects, as those of annotators do.
 
     Raises:
-        DataError: They do.
+        OpenChoiceError: They do.
     """
     shares = [
         int((one & other).sum()) / union
@@ -181,10 +189,11 @@ def _refuse_several_annotators(several: Sequence[Sequence[Path]], marked: _Marke
     ]
     if shares and (overlap := float(np.median(shares))) >= _MIN_SAME_OBJECT:
         listed = ", ".join(f"'{path}'" for path in several[0][:_NUM_NAMED])
-        raise DataError(
+        raise OpenChoiceError(
             f"images have several masks that mark nearly the same pixels (IoU {overlap:.2f}), such "
-            f"as {listed}, so they seem to be by several annotators, and not of several objects; "
-            "name the masks that count in a dataset.toml"
+            f"as {listed}, so they seem to be by several annotators, and not of several objects",
+            candidates,
+            candidates,
         )
 
 
@@ -210,26 +219,25 @@ def join_masks(
     found: Mapping[Path, tuple[Path, ...]], splits: Mapping[Path, str]
 ) -> tuple[list[Pair], ClassTable | None]:
     """Make pairs; several masks of one image are joined if each has two values."""
+    found = {image: _leave_out_copies(masks) for image, masks in found.items()}
     several = [masks for masks in found.values() if len(masks) > 1]
     if not several:
         return [Pair(image, masks[0], splits[image]) for image, masks in found.items()], None
     for masks in several:
         if not all(map(is_two_valued, masks)):
             listed = ", ".join(f"'{path}'" for path in masks)
-            raise DataError(
+            raise OpenChoiceError(
                 f"one image has several masks ({listed}) with more than two values, so they cannot "
                 "be joined as objects; save one mask for each image, for example their "
-                "numpy.maximum, or name those that count in a dataset.toml"
+                "numpy.maximum, or choose those that count",
+                _group_by_ending(found, _MIN_SERIES),
             )
+    _refuse_second_downloads(found)
     marked = _read_marked(several)
-    _refuse_several_annotators(several, marked)
+    _refuse_several_annotators(several, marked, _group_by_ending(found, _MIN_SERIES))
     if _cover_whole_image(several, marked):
         listed = ", ".join(f"'{path}'" for path in sorted(several[0])[:_NUM_NAMED])
-        sets: dict[str, dict[Path, Path]] = defaultdict(dict)
-        for image, masks in found.items():
-            for mask in masks:
-                sets[mask.stem.replace(image.stem, "")][image] = mask
-        candidates = [Candidate(ending, sets[ending]) for ending in sorted(sets, key=natural_key)]
+        candidates = _group_by_ending(found)
         raise OpenChoiceError(
             f"the masks of each image, such as {listed}, together cover all of it, so they seem to "
             "be one per class, and not one per object; list a glob for each class under [masks]",
@@ -240,6 +248,55 @@ def join_masks(
         Pair(image, masks[0], splits[image], truth=Instances(masks))
         for image, masks in found.items()
     ], ClassTable(("background", "foreground"))
+
+
+def describe_joined(pairs: Sequence[Pair]) -> str:
+    """Say that a few images have several masks, which may be by mistake; ``""`` if many have."""
+    truths = [pair.truth.masks for pair in pairs if isinstance(pair.truth, Instances)]
+    several = [masks for masks in truths if len(masks) > 1]
+    if not several or 2 * len(several) > len(pairs):
+        return ""
+    have = "image has" if len(several) == 1 else "images have"
+    masks = several[0]
+    return (
+        f"{len(several)} {have} several masks, such as '{masks[0].name}' and '{masks[1].name}', "
+        "which are joined as objects"
+    )
+
+
+def _leave_out_copies(masks: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Leave out files that equal the first one, such as ``a(1).png`` of a second download."""
+    return (*masks[:1], *(path for path in masks[1:] if not cmp(masks[0], path, shallow=False)))
+
+
+def _refuse_second_downloads(found: Mapping[Path, tuple[Path, ...]]) -> None:
+    """Refuse masks such as ``a (1).png`` that differ from ``a.png``, as an older version does.
+
+    Raises:
+        OpenChoiceError: There is one.
+    """
+    for masks in found.values():
+        for path in masks[1:]:
+            if _SECOND_DOWNLOAD.sub("", path.stem) == masks[0].stem:
+                raise OpenChoiceError(
+                    f"'{path}' is called like a second download of '{masks[0]}', and differs from "
+                    f"it. Keep one of them; if they are two objects, rename '{path.name}', for "
+                    f"example to '{masks[0].stem}_1{path.suffix}'",
+                    _group_by_ending(found, _MIN_SERIES),
+                )
+
+
+def _group_by_ending(found: Mapping[Path, tuple[Path, ...]], least: float = 0.0) -> list[Candidate]:
+    """Return the sets of masks whose names add the same text to those of their images.
+
+    ``least`` is the share of the images for which a set must exist.
+    """
+    sets: dict[str, dict[Path, Path]] = defaultdict(dict)
+    for image, masks in found.items():
+        for mask in masks:
+            sets[mask.stem.replace(image.stem, "")][image] = mask
+    chosen = [ending for ending, masks in sets.items() if len(masks) >= least * len(found)]
+    return [Candidate(ending, sets[ending]) for ending in sorted(chosen, key=natural_key)]
 
 
 def refuse_ade20k(root: Path, masks: Iterable[Path]) -> None:

@@ -29,6 +29,7 @@ from useg.data.file_names import (
 from useg.data.ground_truth import OTHER_WORDS, Candidate, OpenChoiceError
 from useg.data.mask_content import describe_constant_shape, is_two_valued
 from useg.data.object_masks import (
+    describe_joined,
     find_object_masks,
     join_masks,
     refuse_ade20k,
@@ -332,7 +333,8 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
     pairs, classes = join_masks(found, splits)
     chosen = tuple(note for part in parts for note in part.notes)
     constant = "" if chosen else describe_constant_shape(masks[0] for masks in found.values())
-    notes = (*chosen, *left, *filter(None, (constant,)))
+    joined = describe_joined(pairs)
+    notes = (*chosen, *left, *filter(None, (constant, joined)))
     if foreign:
         _refuse_other_masks(foreign, found, files)
         notes += (describe_foreign(foreign, files.root),)
