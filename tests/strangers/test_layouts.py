@@ -1129,3 +1129,15 @@ def test_lists_win_where_a_folder_called_valid_is_the_only_split(tmp_path: Path)
     (tmp_path / "val.csv").write_text("ID\nvalid/f3\nvalid/f4\nvalid/f5\nempty/f8\nempty/f9\n")
     dataset = find_dataset(tmp_path)
     assert sorted(pair.image.stem for pair in dataset.of("val")) == ["f3", "f4", "f5", "f8", "f9"]
+
+
+def test_numbers_of_folders_are_no_part_of_the_names_of_classes(tmp_path: Path) -> None:
+    """IDRiD: ``2. All Segmentation Groundtruths/2. Haemorrhages``."""
+    for k in range(6):
+        image, label = yard(k)
+        save(tmp_path / "1. Original Images" / f"IDRiD_{k:02}.jpg", image)
+        for number, name, short in ((1, "Aneurysms", "MA"), (2, "Haemorrhages", "HE")):
+            folder = tmp_path / "2. All Segmentation Groundtruths" / f"{number}. {name}"
+            mask = (label == number).astype(np.uint8) * 255
+            save(folder / f"IDRiD_{k:02}_{short}.png", mask)
+    assert find_dataset(tmp_path).classes.names == ("background", "Aneurysms", "Haemorrhages")

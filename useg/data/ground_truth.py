@@ -514,8 +514,13 @@ def name_differences(globs: Sequence[str]) -> list[str]:
 
     >>> name_differences(["labels/water/*.png", "labels/weed_bed/*.png"])
     ['water', 'weed_bed']
+    >>> name_differences(["2. Masks/1. Rust/*.png", "2. Masks/2. Dents/*.png"])
+    ['Rust', 'Dents']
     """
     rows = [re.split(r"([/*.])", glob) for glob in globs]
     shared = set.intersection(*map(set, rows))
     names = ["".join(part for part in row if part not in shared).strip("_-. ") for row in rows]
+    # Numbers before names only sort the folders.
+    plain = [re.sub(r"^[0-9]+ +", "", name) for name in names]
+    names = plain if len({*plain, ""}) > len(plain) else names
     return names if len({*names, ""}) > len(names) else list(globs)
