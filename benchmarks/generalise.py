@@ -59,7 +59,10 @@ from useg.training.schedule import Schedule, make_optimizer
 from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer, validate
 
 # Pixels of training per second on two idle cores, and the share of the time that steps take.
-PIXELS_PER_SECOND = {"plain": 12.9 * 256 * 192, "lite0": 15.9 * 256 * 192}
+PIXELS_PER_SECOND = {
+    encoder: images * 256 * 192
+    for encoder, images in {"plain": 12.9, "lite0": 15.9, "lite1": 13.8, "lite2": 12.9}.items()
+}
 STEP_SHARE = 0.85
 
 # Share of each training group that is held out as one block, and of its images next to it that are
@@ -182,7 +185,8 @@ def count_steps(settings: Settings, minutes: float) -> int:
     crop, batch = settings.data.crop, settings.train.batch
     assert crop
     assert batch
-    kind = "plain" if settings.model.encoder == "plain" else "lite0"
+    known = settings.model.encoder in PIXELS_PER_SECOND
+    kind = settings.model.encoder if known else "lite0"
     coarse = settings.train.coarse or 0.0
     cost = coarse * COARSE_STEP_COST + 1 - coarse
     pixels = STEP_SHARE * 60 * minutes * PIXELS_PER_SECOND[kind]
