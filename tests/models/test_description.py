@@ -99,6 +99,7 @@ def forged_descriptions(folder: Path) -> dict[str, Path]:
         *((("provenance",), value) for value in ([1], None, {"num_train": -1}, {"dataset": 5})),
         *((("provenance",), {"validation": value}) for value in (5, {"classes": [1]})),
         *((("provenance",), {"training_images": value}) for value in (5, {}, FORGED_IMAGES)),
+        *((("provenance",), {"enlarged_biases": value}) for value in (5, [0.0], [1e9] * 5)),
     ):
         cases[f"{'.'.join(map(str, at))} = {str(value)[:20]}"] = changed(content, at, value)
     texts = {name: json.dumps(case) for name, case in cases.items()}

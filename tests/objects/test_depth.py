@@ -179,7 +179,7 @@ def test_small_objects_are_learned_from_many_small_crops(
 def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:
     dataset = assign_splits(find_dataset(numbered_dataset(tmp_path / "data")))
     changes = {"train.steps": 1, "data.crop": (32, 32), "model.width": 2, "model.depth": 1}
-    changes |= {"data.scale": 1.0}
+    changes |= {"data.scale": 1.0, "train.class_weights": "sqrt"}
     fit(dataset, tmp_path / "run", Settings().with_(changes))
     # A fifth of the typical ones, of 10 x 11 pixels.
     trained = load(tmp_path / "run")
@@ -190,6 +190,8 @@ def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:
     del trained.runtime.description.provenance["specks_grow"]
     assert trained.min_pixels_at(0.5) == 22
     assert load(tmp_path / "run").object_side == pytest.approx(110**0.5, abs=1e-3)
+    # The rarer class loses a part of its weight.
+    assert trained.enlarged_biases.max() == 0 > trained.enlarged_biases.min() > -1
     plain = {**changes, "model.objects": False}
     fit(dataset, tmp_path / "plain", Settings().with_(plain))
     predictor = load(tmp_path / "plain")

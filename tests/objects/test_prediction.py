@@ -293,6 +293,7 @@ def scaled_predictor(factor: float, folder: Path, least: int = 0) -> Predictor:
     model.provenance |= {"min_object_pixels": least, "specks_grow": True}
     areas = make_predictor(model).objects(textured_image(96, 130)).table.areas
     model.provenance["object_side"] = factor * typical_side(areas)
+    model.provenance["enlarged_biases"] = [0.0, *[-0.3] * (len(model.classes) - 1)]
     save_model(model, folder / "model.safetensors")
     return load(folder / "model.safetensors")
 
@@ -315,6 +316,8 @@ def test_outputs_are_those_at_the_scale_at_which_objects_are_as_large_as_in_trai
     # Classes are those of both scales, unless the other one is far.
     is_near = 0.5 < expected < 2
     logits = (plain.logits(image) + wanted[:-1]) / 2 if is_near else wanted[:-1]
+    # Rarer classes lose a part of their weight in enlarged images.
+    logits[1:] -= 0.3 if expected > 1 else 0.0
     np.testing.assert_allclose(outputs.logits, logits, atol=1e-4)
     np.testing.assert_allclose(outputs.depth, wanted[-1], atol=1e-4)
     # Without objects, nothing depends on their size.

@@ -110,7 +110,8 @@ class LargeImageObjects:
         if scale == 1:
             self._logits[place] = logits.transpose(1, 2, 0)
         else:
-            blend_logits(self._logits[place].transpose(2, 0, 1), logits, scale)
+            at_working_size = self._logits[place].transpose(2, 0, 1)
+            blend_logits(at_working_size, logits, scale, self._predictor.enlarged_biases)
 
     def add(self, place: Tile, label: Label, outputs: NDArray[np.float32]) -> None:
         """Add a rectangle: its label map ``(h, w)``, and what the network computes for it.

@@ -294,6 +294,12 @@ class Predictor:
         """Side of a typical object in the training images, in pixels; 0 if no scale is better."""
         return min(runtime.description.object_side for runtime in self.runtimes)
 
+    @property
+    def enlarged_biases(self) -> NDArray[np.float32]:
+        """What is added to the logits of the classes ``(K,)`` in images that are enlarged."""
+        biases = [runtime.description.enlarged_biases for runtime in self.runtimes]
+        return np.asarray(np.mean(biases, 0), np.float32)
+
     def objects(self, image: ImageLike, tile: int | None = None) -> FoundObjects:
         """Find the objects of an image, such as cells, and keep those apart that touch.
 
@@ -549,6 +555,7 @@ def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) ->
         compute,
         predictor.object_classes,
         predictor.object_side,
+        predictor.enlarged_biases,
         predictor.temperature,
     )
 

@@ -147,6 +147,11 @@ class ModelDescription:
         has_side = self.has_objects and not self.working.frame
         return float(self.provenance.get("object_side", 0.0)) if has_side else 0.0
 
+    @property
+    def enlarged_biases(self) -> tuple[float, ...]:
+        """What is added to the logit of each class in images that are enlarged."""
+        return tuple(self.provenance.get("enlarged_biases", [0.0] * len(self.classes)))
+
     @cached_property
     def training_images(self) -> TrainingImages | None:
         """The training images in numbers; None if the file says nothing of them."""
@@ -310,6 +315,7 @@ class _Provenance(_Checked):
     # Of a typical object in a training image, in pixels of the image; 0 if it is not known.
     object_side: Annotated[float, Field(ge=0, le=10**6)] = 0.0
     specks_grow: bool = False
+    enlarged_biases: list[Annotated[float, Field(ge=-100, le=100)]] = []
 
 
 class _ModelFile(_Checked):
@@ -367,6 +373,8 @@ def _checked(text: str, schema: type[_ModelFile], source: str, newest: int) -> _
         needed = count_statistics(checked.network["channels"])
         if {len(images.mean), len(images.deviation), *map(len, images.examples)} != {needed}:
             raise unusable(source, f"its training images do not have {needed} numbers each")
+    if len(origin.enlarged_biases or checked.classes.names) != len(checked.classes.names):
+        raise unusable(source, "provenance.enlarged_biases does not have a number for each class")
     return checked
 
 

@@ -228,18 +228,19 @@ def refine_outputs(
     compute: Callable[[float], PixelOutputs],
     object_classes: Sequence[int],
     trained_side: float,
+    enlarged_biases: NDArray[np.float32],
     temperature: float = 1.0,
 ) -> PixelOutputs:
     """Return the outputs at the scale that suits the objects of the image.
 
-    The logits of the classes are the mean of those at the working size and at that scale, unless
-    these differ by a factor of two or more.
+    The logits of the classes are those of :func:`blend_logits`.
 
     Args:
         outputs: What the model computes at the working size.
         compute: Computes the same at a factor on the working size.
         object_classes: The classes that consist of objects.
         trained_side: As for :func:`choose_scale`.
+        enlarged_biases: As for :func:`blend_logits`.
         temperature: As for :func:`find_objects`.
     """
 
@@ -253,17 +254,27 @@ def refine_outputs(
     logits = outputs.logits
     for scale in better_scales(measure):
         outputs = compute(scale)
-        blend_logits(logits, outputs.logits, scale)
+        blend_logits(logits, outputs.logits, scale, enlarged_biases)
     return outputs
 
 
 def blend_logits(
-    at_working_size: NDArray[np.float32], at_scale: NDArray[np.float32], scale: float
+    at_working_size: NDArray[np.float32],
+    at_scale: NDArray[np.float32],
+    scale: float,
+    enlarged_biases: NDArray[np.float32],
 ) -> None:
-    """Turn the class logits ``(K, H, W)`` at a scale into the mean of both if it is near."""
+    """Turn the class logits ``(K, H, W)`` at a scale into those that count.
+
+    They become the mean of both, unless the scale is a factor of two or more. Then those of an
+    enlarged image get ``enlarged_biases`` ``(K,)``, because its blurred outlines are a little too
+    far outside: class weights prefer rare classes, such as objects, where the network is unsure.
+    """
     if abs(math.log2(scale)) < MIN_FAR_OCTAVES:
         at_scale += at_working_size
         at_scale *= np.float32(0.5)
+    if scale > 1:
+        at_scale += enlarged_biases[:, None, None]
 
 
 def better_scales(measure: Callable[[], float]) -> Iterator[float]:

@@ -45,6 +45,7 @@ from useg.training.trainer import (
     Progress,
     Trainer,
     Validation,
+    choose_enlarged_biases,
     draw_validation,
     validate,
 )
@@ -549,6 +550,9 @@ def _save_best_model(
         trainer.model.provenance["min_object_pixels"] = trainer.objects.min_pixels
         trainer.model.provenance["object_side"] = round(trainer.objects.side, 3)
         trainer.model.provenance["specks_grow"] = True
+        if trainer.settings.train.class_weights == "sqrt":
+            biases = choose_enlarged_biases(trainer.shares)
+            trainer.model.provenance["enlarged_biases"] = biases
     if trainer.settings.train.unlabelled_from is not None:
         trainer.model.provenance["unlabelled_from"] = trainer.settings.train.unlabelled_from
     if trainer.start:

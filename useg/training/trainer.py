@@ -64,6 +64,11 @@ from useg.visualization import paint_label, side_by_side, to_picture
 # more time than compiling takes.
 MIN_LONG_MINUTES, MIN_LONG_STEPS = 5.0, 10_000
 
+# Smaller shares of the pixels do not make the weight of a class larger.
+MIN_WEIGHTED_SHARE = 1e-4
+# In enlarged images, this share of the logarithm of the class weights is taken back.
+ENLARGED_WEIGHT_SHARE = 0.4
+
 # Settings that older checkpoints do not name, with the values for which these are right.
 _NEWER_SETTINGS = {
     "model.start_map": None,
@@ -527,8 +532,19 @@ def _make_loss(
 
 def _class_weights(shares: NDArray[np.float64], device: torch.device) -> Tensor:
     """Return weights of ``1 / sqrt(share)``, whose mean over the pixels is 1."""
-    weight = np.where(shares > 0, 1 / np.sqrt(np.maximum(shares, 1e-4)), 0)
+    weight = np.where(shares > 0, 1 / np.sqrt(np.maximum(shares, MIN_WEIGHTED_SHARE)), 0)
     return torch.tensor(weight / (weight * shares).sum(), dtype=torch.float32, device=device)
+
+
+def choose_enlarged_biases(shares: NDArray[np.float64]) -> list[float]:
+    """Return what takes back a part of the class weights: for the logit of each class, at most 0.
+
+    Args:
+        shares: Each class's share of the training pixels, ``(K,)``.
+    """
+    weights = 1 / np.sqrt(np.maximum(shares, MIN_WEIGHTED_SHARE))
+    biases = ENLARGED_WEIGHT_SHARE * np.log(weights.min() / weights)
+    return [round(float(bias), 3) for bias in biases]
 
 
 def _describe_run(
