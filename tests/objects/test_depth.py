@@ -190,6 +190,14 @@ def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:
     del trained.runtime.description.provenance["specks_grow"]
     assert trained.min_pixels_at(0.5) == 22
     assert load(tmp_path / "run").object_side == pytest.approx(110**0.5, abs=1e-3)
+    # All images have objects of one size. Only larger ones are kept from shallow valleys.
+    sizes = [(scale, trained.are_objects_larger(scale)) for scale in (1.0, 0.8, 0.7, 0.5)]
+    assert sizes == [(1.0, False), (0.8, False), (0.7, True), (0.5, True)]
+    description = trained.runtime.description
+    description.provenance["largest_object_side"] *= 1.5
+    assert [description.are_objects_larger(scale) for scale in (0.7, 0.6)] == [False, True]
+    del description.provenance["largest_object_side"]
+    assert not description.are_objects_larger(0.5)
     # The rarer class loses a part of its weight.
     assert trained.enlarged_biases.max() == 0 > trained.enlarged_biases.min() > -1
     plain = {**changes, "model.objects": False}

@@ -293,6 +293,7 @@ def scaled_predictor(factor: float, folder: Path, least: int = 0) -> Predictor:
     model.provenance |= {"min_object_pixels": least, "specks_grow": True}
     areas = make_predictor(model).objects(textured_image(96, 130)).table.areas
     model.provenance["object_side"] = factor * typical_side(areas)
+    model.provenance["largest_object_side"] = 1.2 * model.provenance["object_side"]
     model.provenance["enlarged_biases"] = [0.0, *[-0.3] * (len(model.classes) - 1)]
     save_model(model, folder / "model.safetensors")
     return load(folder / "model.safetensors")

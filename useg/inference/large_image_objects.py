@@ -122,8 +122,8 @@ class LargeImageObjects:
         depth = outputs[num_classes] if self._predictor.has_objects else None
         levels, labels, confidences, *_ = self._arrays
         self._count = None
-        object_classes, cuts = self._predictor.object_classes, choose_cuts(self._scale)
-        levels[place] = find_levels(label, depth, object_classes, cuts)
+        cuts = choose_cuts(self._predictor.are_objects_larger(self._scale))
+        levels[place] = find_levels(label, depth, self._predictor.object_classes, cuts)
         labels[place] = label
         confidences[place] = confidence(outputs[:num_classes], self._predictor.temperature)
 
@@ -143,7 +143,7 @@ class LargeImageObjects:
                 confidences=confidences if self._predictor.has_objects else None,
                 min_pixels=self._predictor.min_pixels_at(self._scale),
                 side=self._predictor.object_side / self._scale,
-                cuts=choose_cuts(self._scale),
+                cuts=choose_cuts(self._predictor.are_objects_larger(self._scale)),
                 tile=WORKING_TILE_SIDE,
             )
         return self._count

@@ -294,6 +294,10 @@ class Predictor:
         """Side of a typical object in the training images, in pixels; 0 if no scale is better."""
         return min(runtime.description.object_side for runtime in self.runtimes)
 
+    def are_objects_larger(self, scale: float) -> bool:
+        """Whether an image that is best computed at ``scale`` has larger objects than training."""
+        return all(runtime.description.are_objects_larger(scale) for runtime in self.runtimes)
+
     @property
     def enlarged_biases(self) -> NDArray[np.float32]:
         """What is added to the logits of the classes ``(K,)`` in images that are enlarged."""
@@ -545,7 +549,8 @@ def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) ->
         else:
             logits = take_log(predictor.mean_probabilities(class_logits))
         depth, side = np.mean(depths, 0), predictor.object_side / scale
-        return PixelOutputs(logits, depth, predictor.min_pixels_at(scale), side, scale)
+        are_larger = predictor.are_objects_larger(scale)
+        return PixelOutputs(logits, depth, predictor.min_pixels_at(scale), side, are_larger)
 
     outputs = compute(1.0)
     if not predictor.object_side:

@@ -44,6 +44,9 @@ _MAX_CHANNELS, _MAX_CLASSES = 65535, 255
 # Outputs in addition to the classes, of a model that separates objects: the logit of the depth.
 OBJECT_CHANNELS = 1
 
+# Objects are hardly larger than in training if the factor on the working size is above this.
+MAX_REDUCED_SCALE = 0.75
+
 Statistics = NDArray[np.float64]  # (F,)
 
 # Most training images in a description, and most numbers of all of them together.
@@ -146,6 +149,15 @@ class ModelDescription:
         """
         has_side = self.has_objects and not self.working.frame
         return float(self.provenance.get("object_side", 0.0)) if has_side else 0.0
+
+    def are_objects_larger(self, scale: float) -> bool:
+        """Whether objects are larger than those of every training image.
+
+        Args:
+            scale: The factor on the working size at which they are as large as a typical one.
+        """
+        largest = self.provenance.get("largest_object_side", math.inf)
+        return scale <= MAX_REDUCED_SCALE and self.object_side >= scale * largest
 
     @property
     def enlarged_biases(self) -> tuple[float, ...]:
@@ -314,6 +326,8 @@ class _Provenance(_Checked):
     min_object_pixels: Annotated[int, Field(ge=0, le=10**9)] = 0
     # Of a typical object in a training image, in pixels of the image; 0 if it is not known.
     object_side: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    # The same in the image with the largest objects.
+    largest_object_side: Annotated[float, Field(ge=0, le=10**6)] = 0.0
     specks_grow: bool = False
     enlarged_biases: list[Annotated[float, Field(ge=-100, le=100)]] = []
 

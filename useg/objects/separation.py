@@ -11,9 +11,9 @@ falls into several parts is split: its parts are the seeds of objects. Small par
 (:func:`_min_part_pixels`). Every other region is one object. Then all seeds grow simultaneously,
 one pixel at a time, until they fill their regions.
 
-In images of objects much larger than in training, which the network sees reduced, parts have to
-be deeper than the cut by :attr:`Cuts.rise`: such objects show more detail, which makes shallow
-valleys inside them.
+If the objects of an image are larger than those of every training image, parts have to be deeper
+than the cut by :attr:`Cuts.rise`: the network sees the image reduced, with more detail inside of
+objects, which makes shallow valleys.
 
 Regions are connected across tile borders, and a pixel gets the number of a direct neighbour by a
 fixed rule, so the result does not depend on the tiles. Arrays may be memory-mapped files: only a
@@ -47,9 +47,7 @@ class Cuts:
 
 
 USUAL_CUTS = Cuts((0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
-REDUCED_CUTS = Cuts(tuple(percent / 100 for percent in range(10, 87, 4)), rise=3)
-# Objects are much larger than in training if the factor on the working size is at most this.
-MAX_REDUCED_SCALE = 0.75
+CUTS_OF_LARGER_OBJECTS = Cuts(tuple(percent / 100 for percent in range(10, 87, 4)), rise=3)
 
 # A part of a region does not become a separate object if it has fewer pixels, or if it belongs to
 # an object of less than this share of the area of a typical one.
@@ -98,11 +96,13 @@ class ObjectStatistics:
         min_pixels: The pixels that an object needs, to be no speck; 0 without objects.
         side: The side of a typical object (:func:`typical_side`) in a typical image; 0 without
             objects.
+        largest_side: The same in the image with the largest objects.
     """
 
     touching: float = 0.0
     min_pixels: int = 0
     side: float = 0.0
+    largest_side: float = 0.0
 
     @classmethod
     def of(cls, maps: Iterable[ObjectIds]) -> ObjectStatistics:
@@ -112,9 +112,8 @@ class ObjectStatistics:
             touching.append(share_touching(objects))
             areas.append(np.unique(objects[objects > 0], return_counts=True)[1])
         sides = [typical_side(each) for each in areas if each.size]
-        return cls(
-            max(touching), measure_min_pixels(areas), float(np.median(sides)) if sides else 0.0
-        )
+        side, largest_side = (np.median(sides), max(sides)) if sides else (0, 0)
+        return cls(max(touching), measure_min_pixels(areas), float(side), float(largest_side))
 
 
 def typical_side(areas: NDArray[Any]) -> float:
@@ -202,9 +201,9 @@ def measure_min_pixels(areas: Iterable[NDArray[Any]]) -> int:
     return int(min(small, SPECK_SHARE * middle))
 
 
-def choose_cuts(scale: float) -> Cuts:
-    """Return the cuts of a depth that was computed at this factor on the working size."""
-    return REDUCED_CUTS if scale <= MAX_REDUCED_SCALE else USUAL_CUTS
+def choose_cuts(are_larger: bool) -> Cuts:
+    """Return the cuts for an image whose objects are, or are not, larger than in training."""
+    return CUTS_OF_LARGER_OBJECTS if are_larger else USUAL_CUTS
 
 
 def find_levels(

@@ -163,7 +163,7 @@ class PixelOutputs:
             computes none.
         min_pixels: Smaller objects are dropped.
         side: Side of a typical object in pixels; 0 if it is unknown.
-        scale: The factor on the working size at which the depth was computed.
+        are_larger: Whether the objects are larger than in all training images.
         regions: The objects, if they had to be numbered to compute the depth.
     """
 
@@ -171,7 +171,7 @@ class PixelOutputs:
     depth: NDArray[np.float32] | None = None
     min_pixels: int = 0
     side: float = 0.0
-    scale: float = 1.0
+    are_larger: bool = False
     regions: Regions | None = None
 
 
@@ -208,7 +208,7 @@ def number_regions(
 ) -> Regions:
     """Number the objects of a label map in memory, as :func:`find_objects` does."""
     numbers = [np.zeros(label.shape, np.uint32) for _ in range(2)]
-    by_class, cuts = outputs.depth is None, choose_cuts(outputs.scale)
+    by_class, cuts = outputs.depth is None, choose_cuts(outputs.are_larger)
     levels = find_levels(label, outputs.depth, object_classes, cuts)
     confidences = confidence(outputs.logits, temperature)
     count = separate(

@@ -549,6 +549,7 @@ def _save_best_model(
     if trainer.objects:
         trainer.model.provenance["min_object_pixels"] = trainer.objects.min_pixels
         trainer.model.provenance["object_side"] = round(trainer.objects.side, 3)
+        trainer.model.provenance["largest_object_side"] = round(trainer.objects.largest_side, 3)
         trainer.model.provenance["specks_grow"] = True
         if trainer.settings.train.class_weights == "sqrt":
             biases = choose_enlarged_biases(trainer.shares)
