@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from useg.classes import Label, confidence
 from useg.inference.outputs import find_georeference
 from useg.inference.predictor import Predictor
-from useg.objects.separation import Tile, choose_cuts, find_levels, separate, split_tiles
+from useg.objects.separation import Cuts, Tile, choose_cuts, find_levels, separate, split_tiles
 from useg.objects.table import (
     MAP_TILE_SIDE,
     ObjectMeter,
@@ -96,6 +96,10 @@ class LargeImageObjects:
         # How many objects are numbered; None before the first time, and when a level has changed.
         self._count: int | None = None
 
+    @property
+    def _cuts(self) -> Cuts:
+        return choose_cuts(self._predictor.are_objects_larger(self._scale))
+
     def blend(self, place: Tile, logits: NDArray[np.float32], scale: float) -> None:
         """Keep the class logits ``(K, h, w)`` of the working size, or blend later ones with them.
 
@@ -122,8 +126,7 @@ class LargeImageObjects:
         depth = outputs[num_classes] if self._predictor.has_objects else None
         levels, labels, confidences, *_ = self._arrays
         self._count = None
-        cuts = choose_cuts(self._predictor.are_objects_larger(self._scale))
-        levels[place] = find_levels(label, depth, self._predictor.object_classes, cuts)
+        levels[place] = find_levels(label, depth, self._predictor.object_classes, self._cuts)
         labels[place] = label
         confidences[place] = confidence(outputs[:num_classes], self._predictor.temperature)
 
@@ -143,7 +146,7 @@ class LargeImageObjects:
                 confidences=confidences if self._predictor.has_objects else None,
                 min_pixels=self._predictor.min_pixels_at(self._scale),
                 side=self._predictor.object_side / self._scale,
-                cuts=choose_cuts(self._predictor.are_objects_larger(self._scale)),
+                cuts=self._cuts,
                 tile=WORKING_TILE_SIDE,
             )
         return self._count
