@@ -18,8 +18,7 @@ from useg.errors import UsageError
 from useg.scenes import generate
 from useg.scenes.generate import make_scene, write_scenes
 from useg.scenes.layout import lay_out
-from useg.scenes.light import light
-from useg.scenes.render import Camera, Lighting, majority_label, paint_faces, project
+from useg.scenes.render import Camera, Lighting, light, majority_label, paint_faces, project
 from useg.scenes.scenery import GLOW, PEDESTRIAN, POLE, ROAD, SKY, TRAFFIC, RandomSource, Scenery
 
 pytestmark = pytest.mark.wheel

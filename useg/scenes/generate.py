@@ -22,12 +22,12 @@ from useg.images.image_files import Sample, write_picture
 from useg.ownership import SCENE_MARK, recognize_none
 from useg.scenes import scenery
 from useg.scenes.layout import hood, lay_out
-from useg.scenes.light import light
 from useg.scenes.render import (
     Camera,
     Floats,
     Lighting,
     cast_shadows,
+    light,
     majority_label,
     paint_faces,
     project,
