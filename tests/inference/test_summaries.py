@@ -24,9 +24,13 @@ from useg.data.annotations.shapes import compress_rle, decompress_rle
 from useg.errors import DataError
 from useg.images.image_files import write_label
 from useg.inference import summaries
-from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import OutputOptions
-from useg.inference.summaries import _object_annotations, coco_annotations, write_summaries
+from useg.inference.summaries import (
+    LabelledImage,
+    _object_annotations,
+    coco_annotations,
+    write_summaries,
+)
 from useg.objects.table import write_object_map, write_objects_csv
 from useg.ownership import OBJECTS_HEADER
 from useg.scoring.metrics import regions

@@ -15,9 +15,8 @@ from useg.data.dataset import read_label
 from useg.data.layouts import find_dataset
 from useg.errors import SettingsError
 from useg.images.image_files import write_label
-from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import OutputOptions, make_folders
-from useg.inference.summaries import write_summaries
+from useg.inference.summaries import LabelledImage, write_summaries
 
 TABLE = ClassTable(("background", "house & yard", "lawn"))
 

@@ -25,7 +25,6 @@ from useg.files import make_folder, replacing
 from useg.images.formats import IMAGE_SUFFIXES
 from useg.images.image_files import Image, has_mark, write_label, write_picture
 from useg.images.tiff import NO_DATA_TAG
-from useg.inference.annotation_tools import TOOL_FILES
 from useg.models.segmenter import model_file
 from useg.ownership import (
     AREAS_HEADER,
@@ -55,6 +54,9 @@ Probabilities = NDArray[np.float32]  # (K, H, W)
 # TIFF tags: the program that wrote the file, and GDAL's XML, where GDAL and QGIS read band names.
 SOFTWARE_TAG = 305
 _GDAL_METADATA_TAG = 42112
+
+# What is written for each annotation tool: a file, or a folder with a file for each image.
+TOOL_FILES = {"labelme": "labelme", "cvat": "cvat.xml", "label-studio": "label_studio.json"}
 
 # Of larger files only the first and the last megabyte are digested.
 MAX_DIGESTED_BYTES = 256 << 20
@@ -196,7 +198,7 @@ def list_summaries(out: Path, wanted: OutputOptions) -> list[tuple[Path, Recogni
     if wanted.objects:
         summaries.append((out / "objects.csv", is_own_csv(*OBJECTS_HEADER)))
     if wanted.tool and wanted.tool != "labelme":
-        summaries.append((out / TOOL_FILES[wanted.tool][0], is_own_annotation))
+        summaries.append((out / TOOL_FILES[wanted.tool], is_own_annotation))
     return summaries
 
 

@@ -32,7 +32,6 @@ from useg.files import MAX_NAME_BYTES, clear_drafts, natural_key, refuse_same_na
 from useg.images.formats import ALL_PAGES, IMAGE_SUFFIXES, STACK_SUFFIXES, clear_errors
 from useg.images.image_files import Image, read_image_and_missing, read_size
 from useg.images.stacks import Stack, read_stack
-from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import (
     OutputOptions,
     find_georeference,
@@ -48,7 +47,7 @@ from useg.inference.outputs import (
     write_outputs,
 )
 from useg.inference.predictor import Predictor
-from useg.inference.summaries import write_summaries
+from useg.inference.summaries import LabelledImage, write_summaries
 from useg.machine import CountProgress, in_parallel
 from useg.ownership import Recognizer, is_own_label_map, refuse_foreign_files
 

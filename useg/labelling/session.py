@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 from useg.classes import Color, Label, classes_to_toml
 from useg.errors import DataError, UsageError
 from useg.images.image_files import encode_label, encode_picture, read_image
-from useg.inference.annotation_tools import LabelledImage
-from useg.inference.summaries import write_coco
+from useg.inference.summaries import LabelledImage, write_coco
 from useg.labelling.folder import LabelFolder
 from useg.labelling.mask_files import encode_mask
 from useg.labelling.regions import Superpixels, find_superpixels, propose_region, superpixel_at
