@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,7 @@ from useg.images.image_files import Image, image_from_pil, read_image_and_missin
 from useg.inference import runtimes, tiles
 from useg.models import geometry
 from useg.models.description import ModelDescription
-from useg.models.geometry import fit_bands
+from useg.models.geometry import convert_fractions, fit_bands
 
 if TYPE_CHECKING:
     from useg.inference.resampling import LabelFunction, ResizeFunction
@@ -451,30 +450,7 @@ def _to_image(image: ImageLike, description: ModelDescription) -> Image:
     wanted = np.dtype(description.pixels)
     if array.dtype == wanted:
         return np.ascontiguousarray(array)
-    return _to_number_type(array, wanted)
-
-
-def _to_number_type(array: Image, wanted: np.dtype[Any]) -> Image:
-    """Convert fractions for a model of uint8 images; the check of bands refuses other types."""
-    if array.dtype.kind != "f":
-        return array
-    if wanted.kind == "f":
-        return array.astype(wanted)
-    low, high = float(array.min()), float(array.max())
-    if wanted != np.uint8 or not (low >= 0 and high <= 1):
-        raise DataError(
-            f"the image holds {array.dtype} values from {low:g} to {high:g}, but the model takes "
-            f"{wanted}; give the stored {wanted} values"
-            + (", or fractions from 0 to 1" if wanted == np.uint8 else "")
-        )
-    warnings.warn(
-        "the image holds fractions from 0 to 1, which are multiplied by 255, because the model "
-        "takes uint8",
-        UserWarning,
-        stacklevel=5,
-    )
-    scaled: Image = np.rint(array * 255).astype(wanted)
-    return scaled
+    return convert_fractions(array, wanted)
 
 
 def _native_outputs(

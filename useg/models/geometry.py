@@ -8,9 +8,10 @@ mirroring, and ``Geometry`` says which input sizes the network accepts and how m
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +111,37 @@ def fit_bands(image: Image, channels: int, pixels: str, source: str) -> Image:
             f"give images with {channels}"
         )
     return image
+
+
+def convert_fractions(array: Image, wanted: np.dtype[Any]) -> Image:
+    """Convert an image to the number type ``wanted`` of a model, if it holds fractions.
+
+    Floats become float32 for a model of float32 images. For a model of uint8 images, fractions
+    from 0 to 1 are multiplied by 255 and rounded, with a warning. Other types do not change:
+    :func:`fit_bands` refuses them.
+
+    Raises:
+        DataError: the image holds floats that the model does not take.
+    """
+    if array.dtype.kind != "f":
+        return array
+    if wanted.kind == "f":
+        return array.astype(wanted)
+    low, high = float(array.min()), float(array.max())
+    if wanted != np.uint8 or not (low >= 0 and high <= 1):
+        raise DataError(
+            f"the image holds {array.dtype} values from {low:g} to {high:g}, but the model takes "
+            f"{wanted}; give the stored {wanted} values"
+            + (", or fractions from 0 to 1" if wanted == np.uint8 else "")
+        )
+    warnings.warn(
+        "the image holds fractions from 0 to 1, which are multiplied by 255, because the model "
+        "takes uint8",
+        UserWarning,
+        stacklevel=5,
+    )
+    scaled: Image = np.rint(array * 255).astype(wanted)
+    return scaled
 
 
 def _replace_nonfinite(band: NDArray[np.float32]) -> NDArray[np.float32]:
