@@ -13,6 +13,8 @@ import tifffile
 from useg.classes import CARLA, ClassTable
 from useg.data.cache import Samples, build_cache
 from useg.data.dataset import Dataset, Pair
+from useg.data.roles import NamedFiles
+from useg.images.image_files import list_image_files
 from useg.models.geometry import WorkingSize
 
 # Names that show neither groups nor an order.
@@ -158,3 +160,8 @@ def describe_pairs(dataset: Dataset) -> list[tuple[str, str, str]]:
         )
         for pair in dataset.pairs
     ]
+
+
+def named_files(root: Path) -> NamedFiles:
+    """Return the image files below a folder by their names."""
+    return NamedFiles(root, list_image_files(root))

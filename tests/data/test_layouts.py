@@ -1,7 +1,6 @@
 """Data folders are recognized by name or described in dataset.toml; others are refused."""
 
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,7 @@ import tifffile
 from made_data import describe_pairs, write_folders, write_image, write_mask, write_pixels
 
 from useg.classes import CAMVID, CARLA, IGNORE, ClassTable, write_classes
-from useg.data import dataset_toml
 from useg.data.dataset import pair_name, read_label, read_pair_image, read_pair_size, read_sample
-from useg.data.dataset_toml import _compile_glob
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
 
@@ -266,35 +263,6 @@ def test_an_invalid_dataset_toml_is_refused(tmp_path, content, sentence):
         find_dataset(tmp_path)
 
 
-def test_a_glob_that_looks_through_a_whole_disk_is_refused(tmp_path, monkeypatch):
-    write_folders(tmp_path)
-    for pattern, refused in (("images/*.jpg", False), ("**/*_no.png", True), ("*/*.png", True)):
-        (tmp_path / "dataset.toml").write_text(f'images = "{pattern}"\nmasks = "masks/*.png"\n')
-        monkeypatch.setattr(dataset_toml, "MAX_GLOB_FILES", 3)
-        if refused:
-            with pytest.raises(DataError, match="more than 3 files in"):
-                find_dataset(tmp_path)
-        else:
-            assert find_dataset(tmp_path).pairs
-    # The control: without the check, the files are looked through.
-    monkeypatch.setattr(dataset_toml, "_check_extent", lambda folder, pattern: None)
-    assert dataset_toml.glob_files(tmp_path, "*/*.png")
-
-
-def test_a_glob_that_links_multiply_is_refused(tmp_path, monkeypatch):
-    write_folders(tmp_path)
-    for k in range(4):
-        (tmp_path / "images" / f"l{k}").symlink_to(".")
-    assert dataset_toml.glob_files(tmp_path, "images/*/*.jpg")
-    monkeypatch.setattr(dataset_toml, "MAX_GLOB_FOLDERS", 200)
-    pattern = "images/*/*/*/*/*.jpg"
-    with pytest.raises(DataError, match="reaches more than 200 folders in"):
-        dataset_toml.glob_files(tmp_path, pattern)
-    # The control: without the check, each file is found by hundreds of paths.
-    monkeypatch.setattr(dataset_toml, "_check_extent", lambda folder, pattern: None)
-    assert len(dataset_toml.glob_files(tmp_path, pattern)) > 200
-
-
 @pytest.mark.parametrize("content", ["a pipe", "zeros without end", "very many lines"])
 def test_a_list_that_cannot_be_one_is_not_read(tmp_path, content):
     """A pipe would wait for ever; of very many lines, each would be looked up."""
@@ -319,25 +287,6 @@ def test_a_pipe_that_is_called_like_a_table_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "table.csv")
     with pytest.raises(DataError, match="no pairs of image and mask"):
         find_dataset(tmp_path)
-
-
-def test_no_glob_that_is_allowed_takes_long():
-    for pattern in ("*a*a*a", "*a*a*a/*a*a*a", "**/*a*a*a/**/*a*a*a"):
-        began = time.process_time()
-        _compile_glob(pattern).fullmatch("a" * 120 + "b/" + "a" * 120 + "b")
-        assert time.process_time() - began < 5
-
-
-@pytest.mark.parametrize(
-    ("pattern", "name", "groups"),
-    [
-        ("**/a/*/*", "a/a/c", (None, "a", "c")),
-        ("*_*", "a_b_c", ("a_b", "c")),
-        ("[!ab]?/*", "cd/e", ("cd", "e")),
-    ],
-)
-def test_the_text_for_the_wildcards(pattern, name, groups):
-    assert _compile_glob(pattern).fullmatch(name).groups() == groups
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not beside this checkout")

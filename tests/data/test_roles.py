@@ -1,16 +1,13 @@
-"""Words and pixels say which files are the masks, and which of several sets is meant."""
+"""Words and pixels say which files are the masks."""
 
 from pathlib import Path
 
 import pytest
-from made_data import write_folders, write_image
-from made_strangers import COLORS, save, yard
+from made_data import named_files
+from made_strangers import save, yard
 
 from useg.data.file_names import role_of_words
-from useg.data.layouts import find_dataset
-from useg.data.roles import NamedFiles, choose_pairs, links_to_masks
-from useg.errors import DataError
-from useg.images.image_files import list_image_files
+from useg.data.roles import links_to_masks
 
 pytestmark = pytest.mark.wheel
 
@@ -21,10 +18,6 @@ def test_words_give_a_role_unless_they_contradict():
     assert role_of_words({"mask", "image"}) == role_of_words({"a"}) == ""
 
 
-def named_files(root: Path) -> NamedFiles:
-    return NamedFiles(root, list_image_files(root))
-
-
 def test_pixels_tell_masks_from_images_where_words_do_not(tmp_path: Path):
     for k in range(3):
         pixels, label = yard(k)
@@ -32,29 +25,6 @@ def test_pixels_tell_masks_from_images_where_words_do_not(tmp_path: Path):
         save(tmp_path / "two" / f"{k}.png", label)
     links = links_to_masks(named_files(tmp_path))
     assert links[0].partners == {f"one/{k}": f"two/{k}" for k in range(3)}
-
-
-def test_the_set_of_images_with_the_sizes_of_the_masks_is_chosen(tmp_path: Path):
-    write_folders(tmp_path, names=("1", "2", "3"))
-    for k in (1, 2, 3):
-        write_image(tmp_path / "images_half" / f"{k}.jpg", (4, 3))
-    files = named_files(tmp_path)
-    (chosen,) = choose_pairs(links_to_masks(files), files)
-    assert set(chosen.link.partners) == {f"images/{k}" for k in (1, 2, 3)}
-    assert "images_half/*.jpg, which are not used because they have other sizes" in chosen.notes[0]
-
-
-def test_colour_images_are_chosen_beside_depth_and_previews_of_the_masks(tmp_path: Path):
-    for k in range(3):
-        pixels, label = yard(k)
-        save(tmp_path / "color" / f"{k}.jpg", pixels)
-        save(tmp_path / "depth" / f"{k}.png", pixels[..., 0].astype("uint16") * 9)
-        save(tmp_path / "preview" / f"{k}.png", pixels[::-1])
-        save(tmp_path / "label" / f"{k}.png", label)
-    files = named_files(tmp_path)
-    (chosen,) = choose_pairs(links_to_masks(files), files)
-    assert chosen.link.partners == {f"color/{k}": f"label/{k}" for k in range(3)}
-    assert "not used because they are called 'depth' and 'preview'" in chosen.notes[0]
 
 
 def test_a_folder_called_labeled_may_have_the_images(tmp_path: Path):
@@ -68,47 +38,3 @@ def test_a_folder_called_labeled_may_have_the_images(tmp_path: Path):
     assert links[0].partners == {
         f"train/labeled/nice/photos/{k}": f"train/labeled/nice/urbanatlas/{k}_ua" for k in range(3)
     }
-
-
-@pytest.mark.parametrize("number", [6, 5])
-def test_depth_maps_take_no_masks_from_the_images(tmp_path: Path, number: int):
-    # NYU has the same labels with 40 and with 13 classes.
-    for k in range(6):
-        pixels, label = yard(k)
-        save(tmp_path / "image" / f"{k}.png", pixels)
-        save(tmp_path / "depth" / f"{k}.png", pixels[..., 0].astype("uint16") * 9)
-        save(tmp_path / "label13" / f"{k}.png", label // 2)
-        if k < number:
-            save(tmp_path / ("label40" if number == 6 else "water") / f"{k}.png", label)
-    files = named_files(tmp_path)
-    if number == 6:
-        with pytest.raises(DataError, match="2 sets of masks for the same images: label13/"):
-            list(choose_pairs(links_to_masks(files), files))
-    else:
-        (chosen,) = choose_pairs(links_to_masks(files), files)
-        assert "water/*.png is not called masks, and exists for only 5 images" in chosen.notes[-1]
-
-
-def test_masks_in_colours_are_no_images_beside_two_sets_of_photographs(tmp_path: Path):
-    for k in range(3):
-        pixels, label = yard(k)
-        for folder in ("rgb_images", "previous_images"):
-            save(tmp_path / folder / f"{k}.png", pixels)
-        save(tmp_path / "annotations" / "gtLabels" / f"{k}.png", label)
-        save(tmp_path / "annotations" / "rgbLabels" / f"{k}.png", COLORS[label])
-    files = named_files(tmp_path)
-    with pytest.raises(DataError, match=r"2 sets of images .* previous_images.*, rgb_images"):
-        list(choose_pairs(links_to_masks(files), files))
-
-
-def test_two_files_with_one_partner_are_refused(tmp_path):
-    write_folders(tmp_path, names=("1",))
-    write_image(tmp_path / "images" / "1.png")
-    with pytest.raises(
-        DataError,
-        match=(
-            r"2 sets of images for the same masks: images/1.jpg \(1\), images/1.png \(1\)(.|\n)*"
-            r'images = "images/1.jpg"\nmasks = "masks/1.png"\nor\nimages = "images/1.png"'
-        ),
-    ):
-        find_dataset(tmp_path)

@@ -9,7 +9,6 @@ import pytest
 from made_strangers import save, yard
 
 from useg.data.dataset import read_label
-from useg.data.file_names import common_glob
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.errors import UsageError
@@ -158,26 +157,3 @@ def test_channels_whose_names_end_with_anything_are_offered(tmp_path: Path) -> N
         pairs = find_dataset(tmp_path).pairs
         assert len(pairs) == 8
         assert all(pair.image.name.startswith(pair.mask.stem) for pair in pairs)
-
-
-def test_a_glob_leaves_out_a_folder_whose_name_begins_alike() -> None:
-    files = [Path(f"d/label{k}/{n}.png") for k in (1, 2) for n in (3, 4)]
-    assert common_glob(files, Path("d"), [*files, Path("d/label/3.png")]) == "label[12]/*.png"
-    assert common_glob(files, Path("d"), [*files, Path("d/labels/old/3.png")]) == "label*/*.png"
-
-
-def test_a_glob_names_the_folders_below_those_of_unequal_depth() -> None:
-    files = [Path("d/train/gt/c1/a.png"), Path("d/test/easy/gt/c2/b.png")]
-    assert common_glob(files, Path("d")) == "**/gt/c*/*.png"
-
-
-def test_a_glob_names_what_files_share_in_the_middle() -> None:
-    files = [Path(f"d/s_{k}_cl_{k}.tif") for k in (1, 2)]
-    others = [Path(f"d/s_{k}_rep_{k}.tif") for k in (1, 2)]
-    assert common_glob(files, Path("d"), [*files, *others]) == "s_*_cl_*.tif"
-
-
-def test_a_glob_ends_with_a_number_only_if_that_leaves_other_files_out() -> None:
-    files = [Path(f"d/s{k}_mask.tif") for k in (1, 2)]
-    assert common_glob(files, Path("d"), [*files, Path("d/s1_old_mask.tif")]) == "*[0-9]_mask.tif"
-    assert common_glob(files, Path("d"), [*files, Path("d/s13_mask.tif")]) == "s*_mask.tif"

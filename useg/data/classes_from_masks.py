@@ -7,7 +7,7 @@ Values that come from smoothing, JPEG or a mistake in a single mask do not becom
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +18,9 @@ from useg.data.class_mapping import TWO_CLASSES, name_color, name_value
 from useg.data.class_names import (
     MAX_CLASS_VALUES,
     NamedClasses,
-    counts_from_one,
     find_class_names,
     find_contradiction,
     means_unlabelled,
-    name_classes,
 )
 from useg.data.dataset import COLOR_FLAG, MaskEncoding, Pair
 from useg.data.mask_content import (
@@ -424,3 +422,121 @@ def _table_of_frequent_values(masks: Sequence[MaskContent]) -> ClassTable:
     frequent = sum_counts(masks)[0].most_common(MAX_UNDOUBTED_VALUES)
     values = tuple(sorted(code for code, _ in frequent if 0 <= code < COLOR_FLAG >> 8)) or (0,)
     return ClassTable(tuple(map(name_value, values)), values=values)
+
+
+def counts_from_one(table: ClassTable, named: NamedClasses) -> bool:
+    """Whether a file lists 1 to n and masks have 0 to n - 1, so that 0 may be a class or none."""
+    number = len(named.classes)
+    return (
+        named.has_ids
+        and not table.by_color
+        and table.values == tuple(range(number))
+        and {each.id for each in named.classes} == set(range(1, number + 1))
+    )
+
+
+def name_classes(
+    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
+) -> ClassTable | None:
+    """Return the classes of a file as a table, or None if the masks do not fit it.
+
+    Args:
+        table: The classes as the masks show them.
+        named: The classes that the file lists.
+        palette: The colour of each value, as a code, if the masks have a palette.
+    """
+    if table.by_color and named.has_colors:
+        swapped = [replace(each, color=each.color and each.color[::-1]) for each in named.classes]
+        return _name_colors(table, named) or _name_colors(
+            table, replace(named, classes=tuple(swapped))
+        )
+    if table.by_color:
+        return None
+    ids = _find_ids(table, named, palette)
+    if ids is None:
+        return None
+    rows = [
+        (each.name, number, each.color) for each, number in zip(named.classes, ids, strict=True)
+    ]
+    used = set(table.values)
+    if 0 in used and 0 not in ids:
+        rows.insert(0, ("background", 0, (0, 0, 0)))
+    if len(rows) > MAX_CLASS_VALUES:
+        rows = [row for row in rows if row[1] in used]
+    spread = spread_colors(len(rows))
+    colors = [color or spread[k] for k, (_, _, color) in enumerate(rows)]
+    values = tuple(number for _, number, _ in rows)
+    ignore = tuple(value for value in table.ignore if value not in values)
+    return ClassTable(
+        tuple(name for name, _, _ in rows),
+        tuple(colors) if len(set(colors)) == len(colors) else spread,
+        values,
+        ignore,
+    )
+
+
+def _name_colors(table: ClassTable, named: NamedClasses) -> ClassTable | None:
+    rows = [(each.name, each.color) for each in named.classes if each.color]
+    missing = set(table.colors) - {color for _, color in rows}
+    if len(table) - len(missing) < min(2, len(rows)) or missing - {(0, 0, 0)}:
+        return None
+    rows = [*(("background", color) for color in missing), *rows]
+    codes = {pack_color(color) for _, color in rows}
+    if len(rows) > MAX_CLASS_VALUES:
+        rows = [row for row in rows if row[1] in table.colors]
+    return ClassTable(
+        tuple(name for name, _ in rows),
+        tuple(color for _, color in rows),
+        ignore=tuple(code for code in table.ignore if code not in codes),
+        by_color=True,
+    )
+
+
+def _find_ids(
+    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
+) -> list[int] | None:
+    """Return the value that masks store for each class of a file; None if they do not fit."""
+    if named.has_ids:
+        return _fit_listed_ids(table, named)
+    if any(each.id is not None for each in named.classes):
+        return None
+    return _fit_palette(table, named, palette) or _fit_order(table, named)
+
+
+def _fit_listed_ids(table: ClassTable, named: NamedClasses) -> list[int] | None:
+    """Return the ids of a file if the masks have no others except 0."""
+    used, ids = set(table.values), [each.id or 0 for each in named.classes]
+    if used - {0} <= set(ids) and min(ids) >= 0 and max(ids) < 1 << 16:
+        return ids
+    if len(used) == len(ids) == 2 and min(ids) == 0:
+        # The file counts 0 and 1 where the masks have 0 and 255.
+        value_of = dict(zip(sorted(ids), sorted(used), strict=True))
+        return [value_of[each] for each in ids]
+    return None
+
+
+def _fit_palette(
+    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
+) -> list[int] | None:
+    """Return the values that the palette of the masks gives the colours of a file."""
+    if not named.has_colors or not palette.keys() >= set(table.values):
+        return None
+    if not {channels_of(palette[value]) for value in table.values} <= {
+        each.color for each in named.classes
+    }:
+        return None
+    # Of the values of one colour, the lowest counts.
+    values = {channels_of(palette[value]): value for value in sorted(palette, reverse=True)}
+    ids = [values.get(each.color or (0, 0, 0)) for each in named.classes]
+    free = iter(sorted(set(range(256)) - set(ids)))
+    return [next(free) if value is None else value for value in ids]
+
+
+def _fit_order(table: ClassTable, named: NamedClasses) -> list[int] | None:
+    """Return values in the order of a file: from 0 on, or from 1 on if its number is a value."""
+    used, number = set(table.values), len(named.classes)
+    if len(used) == 2 and number in (1, 2) and max(used) > 1:
+        return sorted(used)[-number:]
+    first = 1 if max(used) == number else 0
+    fits = len(used) > 1 and max(used) < first + number
+    return list(range(first, first + number)) if fits else None

@@ -22,9 +22,7 @@ It lies in DATA, or is given as DATA, and wins over everything that the folders 
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import re
 import tomllib
 from collections import defaultdict
@@ -36,7 +34,8 @@ from typing import Any
 from useg.classes import ClassTable
 from useg.data.annotations.pairing import pair_annotated, pair_yolo
 from useg.data.dataset import ClassMasks, DetectedLayout, Pair
-from useg.data.file_names import MASK_WORDS, MAX_STARS, common_glob
+from useg.data.file_names import MASK_WORDS
+from useg.data.globs import check_glob, common_glob, glob_files
 from useg.data.ground_truth import (
     OTHER_WORDS,
     Candidate,
@@ -56,15 +55,6 @@ _KEYS = (
     "missing",
 )
 _OFFICIAL_SPLITS = ("train", "val", "test")
-
-
-# Most ** in a glob: each multiplies the time to match.
-MAX_FOLDER_STARS = 2
-MAX_GLOB_LENGTH = 1000
-# Files and folders in all folders that a glob looks through.
-MAX_GLOB_FILES = 400_000
-# Folders that its wildcards reach: a folder with ten links to itself is a million in six steps.
-MAX_GLOB_FOLDERS = 100_000
 
 
 # Settings that a message proposes.
@@ -166,7 +156,7 @@ def _check_settings(file: Path, content: dict[str, Any]) -> GlobSettings:
             "the folders"
         )
     for pattern in globs:
-        _check_glob(file, pattern)
+        check_glob(file, pattern)
     return GlobSettings(
         images=content.get("images", ""),
         masks="" if class_masks else masks,
@@ -340,116 +330,6 @@ def _leave_out_farther(names: dict[str, Path], others: dict[str, Path]) -> dict[
         if len(nearest) == 1:
             farther |= shared.keys() - nearest
     return {name: path for name, path in names.items() if name not in farther}
-
-
-def glob_files(folder: Path, pattern: str) -> dict[Path, str]:
-    """Return the matching files in natural order, with the text for their wildcards.
-
-    ``a/*_x.png`` gives ``{a/1_x.png: "1"}``.
-    """
-    while pattern.startswith("../"):
-        folder, pattern = folder.resolve().parent, pattern[3:]
-    if Path(pattern).is_absolute():
-        folder, pattern = (
-            Path(Path(pattern).anchor),
-            Path(pattern).relative_to(Path(pattern).anchor).as_posix(),
-        )
-    _check_extent(folder, pattern)
-    try:
-        paths = sorted((path for path in folder.glob(pattern) if path.is_file()), key=natural_key)
-    except OSError as error:
-        raise DataError(
-            f"the folders of the glob {shorten(pattern)} cannot be read ({error}); name them more "
-            "exactly"
-        ) from error
-    regex = _compile_glob(re.sub(r"\.[^./]*$", "", pattern))
-    names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
-    fits = {path: regex.fullmatch(name) for path, name in names.items()}
-    return {
-        path: "/".join(part.strip("/") for part in fit.groups() if part) if fit else names[path]
-        for path, fit in fits.items()
-    }
-
-
-def _check_extent(folder: Path, pattern: str) -> None:
-    """Refuse a glob that would search very many files, such as those of a whole disk.
-
-    Raises:
-        DataError: The glob is such.
-    """
-    folders = pattern.split("/")[:-1]
-    fixed = list(itertools.takewhile(lambda part: not set(part) & set("*?["), folders))
-    if fixed == folders:
-        return
-    base, num_files = folder.joinpath(*fixed), 0
-    for _, inner, names in os.walk(base):
-        num_files += len(inner) + len(names)
-        if num_files > MAX_GLOB_FILES:
-            raise DataError(
-                f"the glob {shorten(pattern)} would search more than {MAX_GLOB_FILES:,} "
-                f"files in '{base}'; name the folder more exactly"
-            )
-    reached = [base]
-    for part in folders[len(fixed) :]:
-        below = (inner for place in reached for inner in place.glob(part) if inner.is_dir())
-        reached = list(itertools.islice(below, MAX_GLOB_FOLDERS + 1))
-        if len(reached) > MAX_GLOB_FOLDERS:
-            raise DataError(
-                f"the glob {shorten(pattern)} reaches more than {MAX_GLOB_FOLDERS:,} folders in "
-                f"'{base}', some perhaps by links; name the folders more exactly"
-            )
-
-
-def _check_glob(file: Path, pattern: str) -> None:
-    """Refuse a glob that no file can match, or that would take very long to match.
-
-    Raises:
-        DataError: The glob is such.
-    """
-    parts = pattern.split("/")
-    problem = ""
-    if len(pattern) > MAX_GLOB_LENGTH:
-        problem = f"has more than {MAX_GLOB_LENGTH:,} characters"
-    elif not pattern.isprintable():
-        problem = "has a character that cannot be printed"
-    elif any("**" in part and part != "**" for part in parts):
-        problem = "has ** beside other characters; write **/ for any folders, or a single *"
-    elif any(part != "**" and part.count("*") > MAX_STARS for part in parts):
-        problem = f"has more than {MAX_STARS} stars in one name; a star matches any text"
-    elif parts.count("**") > MAX_FOLDER_STARS:
-        problem = f"has ** more than {MAX_FOLDER_STARS} times; ** matches any number of folders"
-    else:
-        try:
-            _compile_glob(pattern)
-        except re.error as error:
-            problem = f"has brackets that are no set of characters ({error})"
-    if problem:
-        raise DataError(f"{file}: the glob {shorten(pattern)} {problem}; correct it")
-
-
-def _compile_glob(pattern: str) -> re.Pattern[str]:
-    """Return a regular expression with a group for each ``**/`` and run of ``*``, ``?``, ``[]``."""
-    inner = {"*": "[^/]*", "?": "[^/]"}
-    text = name = ""
-    for part in re.split(r"(\*\*/|(?:\*|\?|\[[^]]+\])+|/)", pattern):
-        if part == "**/":
-            text += "(.*/)?"
-        elif part == "/":
-            # How a name matches does not depend on the other names of the path.
-            text, name = f"{text}(?>{name}/)", ""
-        elif re.match(r"[*?]|\[[^]]+\]", part):
-            tokens = re.findall(r"\*|\?|\[[^]]+\]", part)
-            name += f"({''.join(inner.get(token) or _compile_set(token) for token in tokens)})"
-        else:
-            name += re.escape(part)
-    return re.compile(text + name, re.DOTALL)
-
-
-def _compile_set(token: str) -> str:
-    """Return a set of characters such as ``[!a-c]`` as part of a regular expression."""
-    negation, characters = ("^", token[2:-1]) if token[1] == "!" else ("", token[1:-1])
-    literal = re.sub(r"([\\\[&~|^])", r"\\\1", characters)
-    return f"[{negation}{literal}]"
 
 
 def make_choice(error: OpenChoiceError, folder: Path) -> DetectedLayout:

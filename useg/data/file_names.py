@@ -8,16 +8,13 @@ counts for as many files as it explains. The meaning of words matters only if se
 from __future__ import annotations
 
 import difflib
-import glob
 import heapq
-import itertools
 import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -92,14 +89,10 @@ _MAX_SAMPLES = 32
 _MAX_CANDIDATES = 12
 _MAX_COMPARED = 300
 _MAX_SHARING = 4000
-# Most stars in one name of a glob: each multiplies the time to match.
-MAX_STARS = 3
 # A rule that may fit a name in more ways is not tried.
 _MAX_FITS = 10_000
 # Up to this many ways are all tried, otherwise the first and the last.
 _MAX_PLACES = 64
-# Most characters of a text that tells names from others.
-_MAX_OWN_TEXT = 12
 # Most series, such as channels, of files that begin with the names of others.
 _MAX_SERIES = 8
 # Rules that are tried on all names.
@@ -321,144 +314,6 @@ def join_comparable(parts: Iterable[str]) -> str:
     return "".join(
         part.lstrip("0") or "0" if part.isdecimal() else part.casefold() for part in parts
     )
-
-
-def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -> str:
-    """Return a glob for files: what their paths below ``root`` have in common, with stars.
-
-    Args:
-        files: The files, at least one.
-        root: The folder that the glob begins in.
-        known: All files. The glob matches no other file in the folders of ``files``, if possible.
-
-    >>> files = [Path("d/a/x1_m.png"), Path("d/b/x2_m.png")]
-    >>> common_glob(files, Path("d")), common_glob(files, Path("d"), [*files, Path("d/a/x1.png")])
-    ('*/*.png', '*/*_m.png')
-    """
-    inside = [path.relative_to(root) if path.is_relative_to(root) else path for path in files]
-    folders = [path.parts[:-1] for path in inside]
-    fewest = min(map(len, folders))
-    shared = [_common_folder([parts[k] for parts in folders]) for k in range(fewest)]
-    if len(set(map(len, folders))) > 1:
-        constant = next((k for k, text in enumerate(shared) if text == "*"), fewest)
-        ends = [_common_folder([parts[-k] for parts in folders]) for k in range(1, fewest + 1)]
-        last = [*itertools.dropwhile("*".__eq__, reversed(ends[: fewest - constant]))]
-        shared = [*shared[:constant], "**", *last]
-    known, places, own = list(known), {path.parent for path in files}, set(files)
-    if "**" not in shared:
-        shared = _leave_out_folders(shared, places, {path.parent for path in known}, root)
-    others = [path.name for path in known if path.parent in places and path not in own]
-    name = ""
-    for name in _globs_of_names(inside):
-        if not any(fnmatchcase(other, name) for other in others):
-            break
-    else:
-        own_text = _find_own_text([path.stem for path in files], others)
-        name = f"*{glob.escape(own_text)}*{_common_suffix(files)}" if own_text else name
-    return "/".join((*shared, name))
-
-
-def _find_own_text(stems: Sequence[str], others: Sequence[str]) -> str:
-    """Return a short text that all of some names have, and no others, such as ``_w1``; or ``""``.
-
-    One that begins with a separator is preferred.
-    """
-    first = min(stems, key=len)
-    texts = {
-        first[k : k + length]
-        for k in range(len(first))
-        for length in range(2, min(_MAX_OWN_TEXT, len(first) - k) + 1)
-    }
-    for text in sorted(texts, key=lambda text: (text[0].isalnum(), len(text), text)):
-        if all(text in stem for stem in stems) and not any(text in other for other in others):
-            return text
-    return ""
-
-
-def _common_suffix(files: Iterable[Path]) -> str:
-    suffixes = {path.suffix for path in files}
-    return suffixes.pop() if len(suffixes) == 1 else ".*"
-
-
-def _globs_of_names(files: Sequence[Path]) -> list[str]:
-    """Return globs for the names of files, the shortest one first and the most exact one last."""
-    suffix = _common_suffix(files)
-    if len({path.name for path in files}) == 1:
-        whole = glob.escape(files[0].name)
-        return [whole] if len(files) == 1 else [f"*{suffix}", whole]
-    start, end = _common_ends([path.stem for path in files])
-    inner = _common_parts([path.stem for path in files])
-    names = ["*", f"*{end}", f"{start}*", f"{start}*{end}", *([inner] if inner else [])]
-    if all(re.search("[0-9]$", path.stem.removesuffix(end)) for path in files):
-        # a1_mask beside a1_color_mask.
-        names += [f"*[0-9]{end}", f"{start}*[0-9]{end}", names[-1]]
-    return [f"{name}{suffix}" for name in names]
-
-
-def _common_parts(texts: Sequence[str]) -> str:
-    """Return what texts of equally many parts have in common, with a few stars, or ``""``."""
-    rows = [split_name(text) for text in texts]
-    if len(set(map(len, rows))) > 1:
-        return ""
-    columns = list(zip(*rows, strict=True))
-    parts = [glob.escape(each[0]) if len(set(each)) == 1 else "*" for each in columns]
-    text = re.sub(r"\*+", "*", "".join(parts))
-    return text if text.count("*") <= MAX_STARS else ""
-
-
-def _common_folder(names: Sequence[str]) -> str:
-    """Return what the names of folders have in common, with a star; digits do not count."""
-    if len(set(names)) == 1:
-        return glob.escape(names[0])
-    start, end = _common_ends(names)
-    return "*".join(text if re.search(r"[^\W\d_]", text) else "" for text in (start, end))
-
-
-def _leave_out_folders(
-    globs: Sequence[str], places: Set[Path], known: Set[Path], root: Path
-) -> list[str]:
-    """Return globs for the parts of folders that fit no others, if a set of characters does that.
-
-    ``label*`` for ``label1`` and ``label2`` becomes ``label[12]`` beside ``label``.
-    """
-    rows, others = (
-        [path.relative_to(root).parts for path in paths if path.is_relative_to(root)]
-        for paths in (places, known - places)
-    )
-    fitting = [
-        parts
-        for parts in others
-        if len(parts) == len(globs) and all(map(fnmatchcase, parts, globs))
-    ]
-    exact = list(globs)
-    for k, pattern in enumerate(globs):
-        names = {parts[k] for parts in rows}
-        if "*" in pattern and any(parts[k] not in names for parts in fitting):
-            exact[k] = _set_of_characters(sorted(names)) or pattern
-    return exact
-
-
-def _set_of_characters(names: Sequence[str]) -> str:
-    """Return a glob for names that differ in one letter or digit, or ``""``."""
-    same = itertools.takewhile(lambda row: len(set(row)) == 1, zip(*names, strict=False))
-    start = "".join(row[0] for row in same)
-    middles = {name[len(start) : len(start) + 1] for name in names}
-    ends = {name[len(start) + 1 :] for name in names}
-    if len(ends) > 1 or not all(map(str.isalnum, middles)):
-        return ""
-    return f"{glob.escape(start)}[{''.join(sorted(middles))}]{glob.escape(ends.pop())}"
-
-
-def _common_ends(texts: Sequence[str]) -> tuple[str, str]:
-    """Return the parts with which all texts begin and end; at least one part lies between."""
-    rows = [split_folder(text) for text in texts]
-    width = min(map(len, rows)) - 1
-    start = next((k for k in range(width) if len({row[k] for row in rows}) > 1), width)
-    end = next(
-        (k for k in range(width - start) if len({row[-1 - k] for row in rows}) > 1), width - start
-    )
-    first = rows[0]
-    return glob.escape("".join(first[:start])), glob.escape("".join(first[len(first) - end :]))
 
 
 def merge_folders(names: Iterable[str]) -> dict[str, str]:

@@ -44,13 +44,13 @@ from useg.data.dataset import (
 )
 from useg.data.dataset_toml import (
     GlobSettings,
-    glob_files,
     make_choice,
     pair_by_globs,
     quote_toml,
     read_dataset_toml,
 )
 from useg.data.file_names import name_files
+from useg.data.globs import glob_files
 from useg.data.ground_truth import OpenChoiceError
 from useg.data.mask_encoding import find_encoding
 from useg.data.mask_problems import describe_unfinished

@@ -27,6 +27,7 @@ from useg.data.mask_content import (
     is_lossy,
     looks_like_photograph,
     mixes_two_encodings,
+    read_points,
 )
 from useg.data.published_classes import VOC_BORDER, find_displayed_levels
 from useg.errors import DataError, format_count, join_names
@@ -51,6 +52,9 @@ _STATES = (("pre", "post"), ("before", "after"))
 _MIN_BORDER_SHARE = 0.98
 _MAX_BORDER_WIDTH = 6
 _MAX_BORDERED_CODES = 64
+
+# As many classes as ADE20K's benchmark has, and the masks that are read to recognise it.
+_NUM_ADE20K_CLASSES, _NUM_ADE20K_MASKS = 150, 12
 
 
 def describe_empty(masks: Sequence[MaskContent]) -> list[str]:
@@ -356,3 +360,58 @@ def _describe_classes(table: ClassTable) -> str:
 def join_some(items: Sequence[object]) -> str:
     """Join items for a message, which names only the first of many."""
     return join_names(items, _MAX_LISTED)
+
+
+def refuse_ade20k(root: Path, masks: Iterable[Path]) -> None:
+    """Refuse the masks of the full ADE20K, whose colours hold a class and the number of an object.
+
+    They are called ``a_seg.png`` and lie beside ``a_atr.txt``, ``a.json`` or ``a_parts_1.png``.
+
+    Raises:
+        DataError: The masks are such. The message has lines of Python that convert them.
+    """
+    paths = sorted({path for path in masks if path.stem.endswith("_seg")})[:_NUM_ADE20K_MASKS]
+    if not paths or not all(map(_is_of_ade20k, paths)):
+        return
+    raise DataError(
+        f"masks such as '{paths[0]}' are those of the full ADE20K: their red and green channels "
+        "hold the class of each pixel, as R // 10 * 256 + G, and the blue one numbers the objects. "
+        "Files with _parts_1 and so on show parts of the objects. These lines of Python write "
+        f"masks of the {_NUM_ADE20K_CLASSES} most frequent classes, with their images and names, "
+        "to the folder OUT:\n"
+        "import collections, json, numpy, pathlib, PIL.Image, shutil\n"
+        "def read(path):\n"
+        "    pixels = numpy.array(PIL.Image.open(path).convert('RGB')).astype(int)\n"
+        "    return pixels[..., 0] // 10 * 256 + pixels[..., 1]\n"
+        f"folder = pathlib.Path({str(root)!r})\n"
+        "counts, names = collections.Counter(), {}\n"
+        "for path in folder.rglob('*_seg.png'):\n"
+        "    for number, count in zip(*numpy.unique(read(path), return_counts=True)):\n"
+        "        counts[int(number)] += int(count) * (number > 0)\n"
+        "    about = path.with_name(path.name.replace('_seg.png', '.json'))\n"
+        "    text = about.read_text('latin-1') if about.exists() else '{}'\n"
+        "    for each in json.loads(text).get('annotation', {}).get('object', []):\n"
+        "        names[each.get('name_ndx')] = each.get('name')\n"
+        f"kept = [each for each, count in counts.most_common({_NUM_ADE20K_CLASSES}) if count]\n"
+        "for path in folder.rglob('*_seg.png'):\n"
+        "    numbers, stem = read(path), path.name.removesuffix('_seg.png')\n"
+        "    mask = sum((numbers == kept[k]) * (k + 1) for k in range(len(kept)))\n"
+        "    for place in 'images', 'masks':\n"
+        "        target = pathlib.Path('OUT', place) / path.relative_to(folder).parent\n"
+        "        target.mkdir(parents=True, exist_ok=True)\n"
+        "        if place == 'images':\n"
+        "            shutil.copy(path.with_name(stem + '.jpg'), target)\n"
+        "        else:\n"
+        "            PIL.Image.fromarray(mask.astype('uint8')).save(target / (stem + '.png'))\n"
+        "listed = {'other': 0, **{names.get(kept[k]) or f'class {kept[k]}': k + 1\n"
+        "          for k in range(len(kept))}}\n"
+        "pathlib.Path('OUT', 'classes.json').write_text(json.dumps(listed))"
+    )
+
+
+def _is_of_ade20k(path: Path) -> bool:
+    stem = path.name.removesuffix("_seg.png")
+    beside = (f"{stem}_atr.txt", f"{stem}.json", f"{stem}_parts_1.png")
+    points = read_points(path) if any(path.with_name(name).exists() for name in beside) else None
+    # The red channel of a colour is above the others.
+    return points is not None and bool(points.max() >= 1 << 16 and ((points >> 32) % 10 == 0).all())

@@ -1,8 +1,8 @@
 """A folder of image files -> pairs of images and masks, in natural order (1, 2, 10).
 
 The names say which files belong together (:mod:`useg.data.file_names`), wherever they lie, and
-which of them are the masks (:mod:`useg.data.roles`). Several masks of one image are its objects
-(:mod:`useg.data.object_masks`).
+which of them are the masks (:mod:`useg.data.roles`, :mod:`useg.data.chosen_pairs`). Several masks
+of one image are its objects (:mod:`useg.data.object_masks`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from useg.data.chosen_pairs import ChosenPairs, choose_pairs
 from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair
 from useg.data.file_names import (
     IMAGE_WORDS,
@@ -28,21 +29,16 @@ from useg.data.file_names import (
 )
 from useg.data.ground_truth import OTHER_WORDS, Candidate, OpenChoiceError
 from useg.data.mask_content import describe_constant_shape, is_two_valued
+from useg.data.mask_problems import refuse_ade20k
 from useg.data.object_masks import (
     describe_joined,
     find_object_masks,
     join_masks,
-    refuse_ade20k,
     words_of_folder,
 )
 from useg.data.official_splits import find_splits, generalize_folder, leave_for_prediction
 from useg.data.published_classes import TABLES_BY_NAME
-from useg.data.roles import (
-    ChosenPairs,
-    NamedFiles,
-    choose_pairs,
-    links_to_masks,
-)
+from useg.data.roles import NamedFiles, links_to_masks
 from useg.errors import DataError, format_count
 from useg.files import natural_key
 from useg.images.image_files import holds_python_objects, list_image_files
