@@ -141,6 +141,18 @@ def test_a_text_between_any_two_parts_of_a_name_is_found(tmp_path):
     assert all(pair.mask.stem.replace("gt_", "") == pair.image.stem for pair in pairs)
 
 
+def test_one_rule_pairs_the_defects_of_all_products(tmp_path):
+    # MVTec keeps test/rust/0.png of a bottle in bottle/test, and its mask in bottle/ground_truth.
+    for product in ("bottle", "cable"):
+        for defect in ("broken_large", "rust"):
+            for k in range(4):
+                write_image(tmp_path / product / "test" / defect / f"{k:03}.png")
+                write_mask(tmp_path / product / "ground_truth" / defect / f"{k:03}_mask.png")
+    pairs = find_dataset(tmp_path).pairs
+    assert len(pairs) == 16
+    assert all(pair.mask.parts[-4] == pair.image.parts[-4] for pair in pairs)
+
+
 def test_names_that_agree_only_if_two_words_change_places_are_refused(tmp_path):
     for sides, numbers in ((("left", "right"), range(3)), (("right", "left"), range(3, 6))):
         for k in numbers:

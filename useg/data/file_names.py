@@ -468,8 +468,7 @@ def _compare(one: Sequence[str], other: Sequence[str]) -> Rule | None:
     """Return the rule from one name to another; None if it only counts or changes the split."""
     parts: list[tuple[str, str] | None] = []
     differences = []
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
+    for kind, a, b, c, d in _align(one, other):
         texts = "".join(one[a:b]), "".join(other[c:d])
         if kind == "equal":
             parts += _share(texts[0], is_first=a == 0, is_last=b == len(one))
@@ -482,6 +481,23 @@ def _compare(one: Sequence[str], other: Sequence[str]) -> Rule | None:
     if is_accident or None not in parts:
         return None
     return Rule(_merge_texts(parts))
+
+
+def _align(one: Sequence[str], other: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
+    """Return difflib's opcodes, with a separator on its own as a match only if that is shorter.
+
+    So ``test/bottle/a`` and ``bottle/truth/a`` share ``bottle``, and not the first slash.
+    """
+    ways = [
+        difflib.SequenceMatcher(is_junk, one, other, autojunk=False).get_opcodes()
+        for is_junk in (None, lambda part: not part.isalnum())
+    ]
+    return min(
+        ways,
+        key=lambda codes: sum(
+            len("".join((*one[a:b], *other[c:d]))) for kind, a, b, c, d in codes if kind != "equal"
+        ),
+    )
 
 
 def _share(text: str, is_first: bool, is_last: bool) -> list[tuple[str, str] | None]:
