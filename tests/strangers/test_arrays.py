@@ -68,6 +68,10 @@ SHAPES: dict[str, tuple[Change, Change]] = {
         lambda images: images,
         lambda labels: np.eye(3, dtype=np.float32)[np.minimum(labels, 2)],
     ),
+    "three, one-hot, true and false": (
+        lambda images: images,
+        lambda labels: np.eye(3, dtype=bool)[np.minimum(labels, 2)],
+    ),
     "one-hot": (lambda images: images / np.float32(255), lambda labels: np.eye(4)[labels]),
 }
 
