@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_data import named_files, write_folders, write_image
 from made_strangers import COLORS, save, yard
@@ -35,6 +36,38 @@ def test_colour_images_are_chosen_beside_depth_and_previews_of_the_masks(tmp_pat
     (chosen,) = choose_pairs(links_to_masks(files), files)
     assert chosen.link.partners == {f"color/{k}": f"label/{k}" for k in range(3)}
     assert "not used because they are called 'depth' and 'preview'" in chosen.notes[0]
+
+
+def test_photographs_are_the_images_beside_masks_in_folders_called_images(tmp_path: Path):
+    # AI4Mars keeps masks of its rover beside the photographs, and only its masks are split.
+    for k in range(8):
+        pixels, label = yard(k)
+        name = f"NLA_3976814{k}{{}}_F0020000AUT_04096M1"
+        save(tmp_path / "images" / "edr" / f"{name.format('EDR')}.jpg", pixels)
+        split, ending = ("train", "") if k < 6 else ("test", "_merged1")
+        save(tmp_path / "labels" / split / f"{name.format('EDR')}{ending}.png", label)
+        if split == "train":
+            save(tmp_path / "images" / "mxy" / f"{name.format('MXY')}.png", label // 2)
+            sky = (label == 0).astype(np.uint8)
+            save(tmp_path / "images" / "rng-30m" / f"{name.format('RNG')}.png", sky)
+    dataset = find_dataset(tmp_path)
+    assert [pair.image.parent.name for pair in dataset.pairs] == ["edr"] * 8
+    assert [pair.mask.parent.name for pair in dataset.pairs] == ["train"] * 6 + ["test"] * 2
+    assert [pair.split for pair in dataset.pairs] == ["train"] * 6 + ["test"] * 2
+    assert any("images/mxy/*.png is called 'images'" in note for note in dataset.notes)
+
+
+def test_masks_without_data_are_chosen_beside_their_colours(tmp_path: Path):
+    # Beside the anomalies of SegmentMeIfYouCan, most of an image may be ignored.
+    for k in range(4):
+        pixels, label = yard(k)
+        save(tmp_path / "images" / f"{k}.jpg", pixels)
+        ids = np.array([255, 0, 255, 1], np.uint8)[label]
+        save(tmp_path / "labels" / f"{k}_semantic.png", ids)
+        save(tmp_path / "labels" / f"{k}_semantic_color.png", COLORS[np.minimum(ids, 2)])
+    files = named_files(tmp_path)
+    (chosen,) = choose_pairs(links_to_masks(files), files)
+    assert set(chosen.link.partners.values()) == {f"labels/{k}_semantic" for k in range(4)}
 
 
 @pytest.mark.parametrize("number", [6, 5])

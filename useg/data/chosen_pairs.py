@@ -117,7 +117,7 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
     Raises:
         OpenChoiceError: There is no such set.
     """
-    main = links[0]
+    main = _find_main(links, files)
     images = set(main.partners)
     sets = [main, *_distinct(_links_to_same_masks(main, links, files), of_images=True)]
     sets = [link for link in sets if 2 * len(link.partners) > len(main.partners)]
@@ -151,6 +151,19 @@ def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]
         _as_candidates(sets, files),
         _keep_equally_good(truths),
     )
+
+
+def _find_main(links: Sequence[Link], files: NamedFiles) -> Link:
+    """Return the first link, or one from photographs to the same masks if its images are none.
+
+    So masks of the rover and of the distance are no images beside photographs of Mars.
+    """
+    main = links[0]
+    masks = set(main.partners.values())
+    if files.kind_by_pixels(main.partners) != "mask":
+        return main
+    same = (link for link in links if set(link.partners.values()) == masks)
+    return next((link for link in same if files.kind_by_pixels(link.partners) == "image"), main)
 
 
 def _links_to_same_masks(main: Link, links: Sequence[Link], files: NamedFiles) -> list[Link]:

@@ -43,7 +43,7 @@ from useg.data.ground_truth import (
     are_class_masks,
     name_differences,
 )
-from useg.data.official_splits import find_official_splits, leave_for_prediction
+from useg.data.official_splits import find_official_splits, leave_for_prediction, split_by_masks
 from useg.data.pairing import describe_foreign, match_lists
 from useg.errors import DataError, suggest
 from useg.files import natural_key
@@ -285,7 +285,7 @@ def _pair_by_wildcards(
         )
     if suffixes == {".txt"}:
         return replace(pair_yolo(folder, matched.pairs), images=matched.images, masks=matched.masks)
-    splits = find_official_splits(images, folder)
+    splits = split_by_masks(find_official_splits(images, folder), dict(matched.pairs), folder)
     labelled = [splits[image] for image, _ in matched.pairs]
     alone, notes = leave_for_prediction(matched.images, splits, labelled)
     return DetectedLayout(

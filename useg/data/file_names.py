@@ -483,7 +483,7 @@ def _compare(one: Sequence[str], other: Sequence[str]) -> Rule | None:
     return Rule(_merge_texts(parts))
 
 
-def _align(one: Sequence[str], other: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
+def _align(one: Sequence[str], other: Sequence[str]) -> Sequence[tuple[str, int, int, int, int]]:
     """Return difflib's opcodes, with a separator on its own as a match only if that is shorter.
 
     So ``test/bottle/a`` and ``bottle/truth/a`` share ``bottle``, and not the first slash.

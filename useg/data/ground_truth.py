@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE
 from useg.data.dataset import pick_evenly
-from useg.data.file_names import MASK_WORDS, split_name
+from useg.data.file_names import IMAGE_WORDS, MASK_WORDS, split_name
 from useg.data.mask_content import SAME_SHAPE_IOU, compare_shapes, read_points
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
@@ -335,8 +335,12 @@ def _prefer_by_name(left: Sequence[_MaskSet]) -> None:
     """Leave out what is called objects, colours or the like, if one set of masks is not.
 
     Otherwise leave out what is not called classes or the like, if one set is. The names of files
-    count if the globs do not decide.
+    count if the globs do not decide. What is called images is left out first, if others are called
+    masks.
     """
+    left = _leave_out_called_images(left)
+    if len(left) < 2:
+        return
     for words in (
         [mask_set.words for mask_set in left],
         [mask_set.file_words for mask_set in left],
@@ -354,6 +358,18 @@ def _prefer_by_name(left: Sequence[_MaskSet]) -> None:
                 mask_set.reason = "" if is_class else f"is not called classes, unlike {name}"
             return
     _prefer_called_masks(left)
+
+
+def _leave_out_called_images(left: Sequence[_MaskSet]) -> Sequence[_MaskSet]:
+    """Leave out what is called images, and not masks, if others are called masks."""
+    shared = frozenset.intersection(*(mask_set.words for mask_set in left))
+    own = [mask_set.words - shared for mask_set in left]
+    images = [sorted(words & IMAGE_WORDS) for words in own]
+    are_masks = [bool(words & MASK_WORDS) for words in own]
+    if any(are_masks):
+        for mask_set, found, is_mask in zip(left, images, are_masks, strict=True):
+            mask_set.reason = f"is called {found[0]!r}" if found and not is_mask else ""
+    return [mask_set for mask_set in left if not mask_set.reason]
 
 
 def _prefer_called_masks(left: Sequence[_MaskSet]) -> None:
@@ -432,9 +448,10 @@ def _find_redundancy(one: _MaskSet, other: _MaskSet) -> str:
     """Return why ``one`` says the same as ``other`` or less, or ``""``."""
     forward, back = _follows(one, other), _follows(other, one)
     name = other.candidate.name
+    is_weaker = _find_own_other_words(other, one) and not _find_own_other_words(one, other)
     if forward >= _FOLLOWS and back >= _FOLLOWS:
         coverage = one.counted_share / max(1e-9, other.counted_share)
-        if coverage < _PARTIAL_AREA:
+        if coverage < _PARTIAL_AREA and not is_weaker:
             return f"labels only a part of what {name} labels"
         ranks = [
             (bool(_find_own_other_words(*two)), two[0].is_colored, int(two[0].all_values[-1]))
@@ -445,7 +462,6 @@ def _find_redundancy(one: _MaskSet, other: _MaskSet) -> str:
             return f"shows the same as {name} in another format"
         how = "in colours" if one.is_colored else "with other values"
         return f"shows the same as {name} {how}" if is_plainer else ""
-    is_weaker = _find_own_other_words(other, one) and not _find_own_other_words(one, other)
     if back >= _FOLLOWS and one.numbers_objects and not (other.numbers_objects or is_weaker):
         return f"numbers the objects of {name}"
     if _is_part(one, other) and not _are_two_things(one, other) and not is_weaker:

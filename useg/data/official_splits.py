@@ -88,6 +88,17 @@ def find_splits(images: Sequence[Path], root: Path, files: Iterable[Path]) -> di
     return splits if any(splits.values()) else {**splits, **split_by_stems(images)}
 
 
+def split_by_masks(
+    splits: Mapping[Path, str], masks: Mapping[Path, Path], root: Path
+) -> dict[Path, str]:
+    """Return the splits of images; if none has one, those of the folders of their masks.
+
+    So the images of one folder are split by ``labels/train`` and ``labels/test``.
+    """
+    of_masks = {} if any(splits.values()) else find_official_splits(masks.values(), root)
+    return {**splits, **{image: of_masks[mask] for image, mask in masks.items() if of_masks}}
+
+
 def learn_affixes(files: Iterable[Path], root: Path) -> frozenset[str]:
     """Return texts beside splits in folders' names: ``crop`` for ``traincrop`` and ``valcrop``.
 

@@ -36,7 +36,12 @@ from useg.data.object_masks import (
     join_masks,
     words_of_folder,
 )
-from useg.data.official_splits import find_splits, generalize_folder, leave_for_prediction
+from useg.data.official_splits import (
+    find_splits,
+    generalize_folder,
+    leave_for_prediction,
+    split_by_masks,
+)
 from useg.data.published_classes import TABLES_BY_NAME
 from useg.data.roles import NamedFiles, links_to_masks
 from useg.errors import DataError, format_count
@@ -324,6 +329,7 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
     )
     images, foreign = _add_empty_folders(images, foreign, found, files)
     splits = find_splits([*found, *images], files.root, files.paths.values())
+    splits = split_by_masks(splits, {image: masks[0] for image, masks in found.items()}, files.root)
     images, left = leave_for_prediction(images, splits, {splits[path] for path in found})
     layout = _name_layout(*next(iter(found.items())))
     pairs, classes = join_masks(found, splits)
