@@ -57,6 +57,26 @@ def test_photographs_are_the_images_beside_masks_in_folders_called_images(tmp_pa
     assert any("images/mxy/*.png is called 'images'" in note for note in dataset.notes)
 
 
+def test_images_of_good_parts_and_arrays_beside_pictures_take_no_masks(tmp_path: Path):
+    # MSD has images of intact phones, and TartanAir has optical flow with masks of its own.
+    for k in range(8):
+        pixels, label = yard(k)
+        if k > 5:
+            save(tmp_path / "oil" / f"Oil_{k}.jpg", pixels)
+            save(tmp_path / "truth" / f"Oil_{k}.png", label)
+            continue
+        save(tmp_path / "oil" / f"Oil_{k}.jpg", pixels)
+        save(tmp_path / "truth" / f"Oil_{k}.png", label)
+        save(tmp_path / "good" / f"good_{k}.jpg", pixels[::-1])
+        (tmp_path / "flow").mkdir(exist_ok=True)
+        np.save(tmp_path / "flow" / f"{k:06}_{k + 1:06}_flow.npy", pixels / np.float32(255))
+        np.save(tmp_path / "flow" / f"{k:06}_{k + 1:06}_mask.npy", label)
+    dataset = find_dataset(tmp_path)
+    assert {pair.image.parent.name for pair in dataset.pairs} == {"oil"}
+    assert any("not used because they are called 'good'" in note for note in dataset.notes)
+    assert any("12 other files left out" in note for note in dataset.notes)
+
+
 def test_masks_without_data_are_chosen_beside_their_colours(tmp_path: Path):
     # Beside the anomalies of SegmentMeIfYouCan, most of an image may be ignored.
     for k in range(4):

@@ -18,6 +18,9 @@ from made_data import (
     film_names,
     splits_of,
     write_blob_dataset,
+    write_folders,
+    write_image,
+    write_mask,
 )
 
 from useg.classes import CARLA
@@ -53,6 +56,19 @@ def blob_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """Twenty images under names without numbers, two of them near duplicates; a rare class."""
     monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
     return write_blob_dataset(tmp_path)
+
+
+def test_images_called_test_are_for_prediction_if_none_with_a_mask_is(tmp_path: Path):
+    write_folders(tmp_path, names=("a_1", "a_2"))
+    write_image(tmp_path / "images" / "test_a_3.jpg")
+    assert any("left for prediction" in note for note in find_dataset(tmp_path).notes)
+    write_image(tmp_path / "images" / "a_4.jpg")
+    with pytest.raises(DataError, match=r"1 image without a mask .*a_4.jpg"):
+        find_dataset(tmp_path)
+    (tmp_path / "images" / "a_4.jpg").rename(tmp_path / "images" / "test_a_4.jpg")
+    write_mask(tmp_path / "masks" / "test_a_4.png")
+    with pytest.raises(DataError, match=r"1 image without a mask .*test_a_3.jpg"):
+        find_dataset(tmp_path)
 
 
 def test_a_stack_of_30_gives_6_at_the_end_and_a_small_gap():

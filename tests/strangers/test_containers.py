@@ -174,3 +174,15 @@ def test_masks_of_single_objects_become_one_mask_for_each_image(
     assert "like those of masks of single objects" in run_lines(folder, monkeypatch)
     check(tmp_path / "OUT", labels)
     assert find_dataset(tmp_path / "OUT").classes.names == ("background", "Dog", "Person")
+
+
+def test_pictures_with_drawn_outlines_are_no_masks_of_single_objects(tmp_path: Path) -> None:
+    # Beside a_mask.txt, the nuclei of MICCAI 2018 have a_poly.png: the image with outlines.
+    for k in range(8):
+        pixels, label = yard(k)
+        save(tmp_path / f"image{k}.png", pixels)
+        outlined = np.where((label == 1)[..., None], np.uint8(255), pixels)
+        save(tmp_path / f"image{k}_poly.png", outlined)
+    with pytest.raises(DataError) as error:
+        find_dataset(tmp_path)
+    assert "single objects" not in str(error.value)

@@ -20,7 +20,10 @@ from useg.errors import UsageError, join_names
 from useg.images.image_files import read_size
 
 # Names of images that are no photographs of what the masks show. Photographs may be in colour.
-_OTHER_IMAGE_WORDS = OTHER_WORDS - {"color", "colors", "colour", "colours", "colored"}
+# What is called good shows nothing that a mask could mark.
+_OTHER_IMAGE_WORDS = (OTHER_WORDS | {"good", "ok", "healthy", "intact"}) - {
+    *("color", "colors", "colour", "colours", "colored")
+}
 # Images of the opposite are called so.
 _NEGATIONS = frozenset(["not", "no", "non", "without"])
 _JOIN_ADVICE = (
@@ -82,13 +85,19 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         kept = further if choice is main else {}
         yield ChosenPairs(choice, kept, others, tuple(notes), field_of_view)
         used |= images | others | {name for link in rivals for name in link.partners}
-        # The pictures that a model made are no images of the data set.
+        # The pictures that a model made are no images of the data set, and neither are arrays
+        # beside pictures, such as those of optical flow.
         links = [
             rest
             for link in links
             if (rest := _without(link, used)) is not None
             and leads_to_predictions(link, files) <= leads_to_predictions(main, files)
+            and _are_arrays(link, files) == _are_arrays(main, files)
         ]
+
+
+def _are_arrays(link: Link, files: NamedFiles) -> bool:
+    return files.paths[min(link.partners)].suffix.lower() == ".npy"
 
 
 def _list_series(sets: Iterable[Iterable[str]], files: NamedFiles) -> set[str]:

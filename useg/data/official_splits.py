@@ -167,15 +167,17 @@ def split_by_stems(images: Sequence[Path]) -> dict[Path, str]:
     """
     found: dict[Path, str] = {}
     for path in images:
-        parts = split_folder(plain_stem(path))
-        words = [part.casefold() for part in parts if part.isalpha()]
-        splits = {
-            SPLIT_FOLDERS[word] for word in (*words[:1], *words[-1:]) if word in SPLIT_FOLDERS
-        }
+        splits = _splits_of_stem(path)
         if len(splits) != 1:
             return {}
         found[path] = splits.pop()
     return found if len(set(found.values())) > 1 else {}
+
+
+def _splits_of_stem(path: Path) -> set[str]:
+    """Return the splits that a file's name begins and ends with."""
+    words = [part.casefold() for part in split_folder(plain_stem(path)) if part.isalpha()]
+    return {SPLIT_FOLDERS[word] for word in (*words[:1], *words[-1:]) if word in SPLIT_FOLDERS}
 
 
 @dataclass(frozen=True)
@@ -476,6 +478,8 @@ def leave_for_prediction(
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Separate images of splits without any mask: they are for prediction.
 
+    So are images with names such as ``test_a``, if no image with a mask is called like that.
+
     Args:
         images: Images without a mask.
         splits: Their splits.
@@ -485,6 +489,9 @@ def leave_for_prediction(
         The other images without a mask, and notes.
     """
     known = {"", "train", *labelled}
+    if not any(map(_splits_of_stem, splits.keys() - {*images})):
+        tests = [path for path in images if not splits[path] and _splits_of_stem(path) == {"test"}]
+        splits = {**splits, **dict.fromkeys(tests, "test")}
     counts = Counter(splits[path] for path in images if splits[path] not in known)
     return (
         tuple(path for path in images if splits[path] in known),

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from useg.data.dataset import pick_evenly
 from useg.data.file_names import split_name
 from useg.data.ground_truth import Candidate, OpenChoiceError
 from useg.data.mask_content import is_photograph
@@ -183,6 +184,8 @@ def _advise_object_masks(folder: Path, images: Sequence[Path]) -> str:
     names = sorted({path.stem.split("_")[1] for path in masks})
     has_all = len(stems) + len(masks) == len(images) and len(masks) >= _NUM_TRIED
     if not has_all or 2 * len(names) > len(masks) or not all(map(str.isidentifier, names)):
+        return ""
+    if any(map(is_photograph, pick_evenly(masks, _NUM_TRIED))):
         return ""
     first = stems[masks[0].stem.partition("_")[0]]
     return (
