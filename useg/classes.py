@@ -97,7 +97,7 @@ class ClassTable:
         if any(len(color) != 3 or min(color) < 0 or max(color) > 255 for color in self.colors):
             yield "has a colour that is not three numbers from 0 to 255"
         for value in self.ignore:
-            # Maps have negative numbers where there are no data.
+            # Maps have negative numbers where they have no data.
             if not -(1 << 31) <= value < 1 << 24:
                 yield (
                     f"ignores {shorten(value)}, but mask files store whole numbers from "
@@ -202,7 +202,7 @@ def to_label(mask: NDArray[Any], table: ClassTable, source: str = "mask") -> Lab
         if value < len(known):
             known[value], ids[value] = True, k
     if low < 0:
-        # A last place for all of them: negative numbers say that there are no data.
+        # A last place for all of them: negative numbers mark pixels without data.
         mask = np.where(mask < 0, len(known), mask.astype(np.int64))
         known, ids = np.append(known, True), np.append(ids, np.uint8(IGNORE))
     unknown = ~known[mask]

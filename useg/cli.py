@@ -179,8 +179,8 @@ def adapt_command(
     """Adapt a model to unlabelled images, for example of another season or laboratory.
 
     Mixes the batch normalisation statistics of the images into those of the model. useg measures,
-    without labels, which share of them helps. If none does, the model stays unchanged. So do models
-    that see all images at the same brightness and contrast (data.standardize).
+    without labels, which share of them helps. The model stays unchanged if no share does, or if it
+    gives all images the same brightness and contrast (data.standardize).
     """
     from useg.inference.adapt import adapt
 

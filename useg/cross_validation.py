@@ -215,7 +215,7 @@ def _settings_of(run: Path) -> dict[str, Any]:
 
 
 def _check_folder(out: Path, described: Mapping[str, Any], resume: bool) -> None:
-    """Refuse a folder with other runs, or with other folds than those to go on with."""
+    """Refuse a folder with other runs, or with folds that cannot be continued."""
     path = out / FOLDS_NAME
     if not os.path.lexists(path):
         names = [name for name in RUN_FILES if os.path.lexists(out / name)]

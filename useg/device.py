@@ -338,7 +338,7 @@ def find_difference(
         expected: The CPU's.
         limit: Relative difference that is always allowed.
         rounded: Returns what the CPU computes in another precision, by name. A difference beyond
-            ``limit`` that such rounding explains is no fault.
+            ``limit`` that such rounding explains is not a fault.
 
     Returns:
         What is wrong, to follow "because", or None.

@@ -57,7 +57,7 @@ class FaultyDeviceError(MachineError):
 
 
 class DeviceWarning(UserWarning):
-    """Something was computed on another device than the one that was chosen."""
+    """Something was computed on a device that was not chosen."""
 
 
 def need(module: str, extra: str) -> ModuleType:

@@ -70,7 +70,7 @@ def tune() -> None:
 def paused_garbage_collection(*, freeze: bool = False) -> Iterator[None]:
     """Collect no garbage within a block that makes many objects.
 
-    Python would look through them again and again while they become more: that takes a sixth of the
+    Python would scan them again and again while their number grows: that takes a sixth of the
     time of importing, and a third of the time of reading a large file of annotations.
 
     Args:

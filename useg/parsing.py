@@ -34,7 +34,7 @@ _FORMULA = re.compile(r"'*[=+\-@]")
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open a file to read it; a pipe would wait for ever for somebody who writes.
+    """Open a file to read it, but not a pipe, which would wait forever for a writer.
 
     Raises:
         OSError: it cannot be read, or is a pipe or a device.
@@ -193,7 +193,7 @@ def to_cell(name: str) -> str:
 
 
 def from_cell(cell: str) -> str:
-    """Return the name of which :func:`to_cell` made a cell."""
+    """Return the name from which :func:`to_cell` made a cell: its inverse."""
     if _FORMULA.match(cell.removeprefix("'")):
         cell = cell.removeprefix("'")
     return _ESCAPED.sub(_unescape, cell)

@@ -93,9 +93,7 @@ def predict_command(
     min_region: Annotated[
         int, typer.Option(metavar="PIXELS", help="Merge smaller regions into their surroundings")
     ] = 0,
-    max_hole: Annotated[
-        int, typer.Option(metavar="PIXELS", help="Fill holes of up to this size")
-    ] = 0,
+    max_hole: Annotated[int, typer.Option(metavar="PIXELS", help="Fill smaller holes")] = 0,
     augment: Augmentation = "none",
     smooth: Annotated[
         float,

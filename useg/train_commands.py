@@ -238,7 +238,7 @@ def evaluate_command(
         int | None,
         typer.Option(
             metavar="PIXELS",
-            help="Predict in tiles of this size, or 0: in one pass; scores do not change",
+            help="Side of the tiles to predict in (0: one pass); scores do not change",
         ),
     ] = None,
     runtime: Annotated[

@@ -249,7 +249,7 @@ def test_dataset_toml_may_name_only_classes_and_splits(tmp_path):
         ('images = "*a*b*c*"\nmasks = "m/*"', "has more than 3 stars in one name"),
         ('images = "a/*"\nmasks = "**/**/**/*"', r"has \*\* more than 2 times"),
         ('images = "a\\u0000b*"\nmasks = "m/*"', "has a character that cannot be printed"),
-        ('images = "a/[z-a]*"\nmasks = "m/*"', "has brackets that are no set of characters"),
+        ('images = "a/[z-a]*"\nmasks = "m/*"', "has brackets that do not form a set of"),
         ('[splits]\ntrain = "a**"', r"'a\*\*' has \*\* beside other characters"),
         (f'images = "{"[" * 200_000}"\nmasks = "m/*"', "has more than 1,000 characters"),
         ('classes = "none.toml"', "none.toml is not a class table"),

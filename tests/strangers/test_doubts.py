@@ -66,7 +66,7 @@ def test_images_that_have_the_names_of_masks_are_taken(tmp_path: Path) -> None:
         save(tmp_path / f"DJI_{k:04}_T_mask.png", (label == 3).astype(np.uint8) * 255)
     dataset = find_dataset(tmp_path)
     assert all(pair.image.stem.endswith("_T") for pair in dataset.pairs)
-    assert "have names less like those of the masks" in dataset.notes[0]
+    assert "have names that are less similar to those of the masks" in dataset.notes[0]
 
 
 @pytest.mark.parametrize("folder", ["train", "2024"])
@@ -306,7 +306,7 @@ def test_names_that_may_be_shifted_by_one_are_refused(tmp_path: Path) -> None:
         save(tmp_path / "masks" / f"{k}.png", label)
     rows = "".join(f"{k}: {n}\n" for k, n in enumerate(("unlabeled", *NAMES)))
     (tmp_path / "labels.txt").write_text(rows)
-    with pytest.raises(DataError, match="may be lower by one"):
+    with pytest.raises(DataError, match="may be one lower than"):
         find_dataset(tmp_path)
 
 
@@ -334,7 +334,7 @@ def test_masks_of_several_annotators_are_not_joined(tmp_path: Path, name: str) -
         for n in range(3):
             mask = np.roll(numbers > 0, n % 2, 1).astype(np.uint8) * 255
             save(tmp_path / name.format(k=k, n=n), mask)
-    with pytest.raises(DataError, match="seem to be by several annotators") as raised:
+    with pytest.raises(DataError, match="seem to come from several annotators") as raised:
         find_dataset(tmp_path)
     for offer in str(raised.value).partition("dataset.toml:\n")[2].split("\nor\n"):
         if "_mask_" in name:
@@ -355,7 +355,7 @@ def test_second_downloads_of_a_mask_are_no_objects(tmp_path: Path) -> None:
     write_second_download(tmp_path, copied=3)
     assert all(pair.truth is None for pair in find_dataset(tmp_path).pairs)
     write_second_download(tmp_path, copied=5)
-    with pytest.raises(DataError, match=r"p3 \(1\).png' is called like a second") as raised:
+    with pytest.raises(DataError, match=r"p3 \(1\).png' has the name of a second") as raised:
         find_dataset(tmp_path)
     (tmp_path / "dataset.toml").write_text(str(raised.value).partition("dataset.toml:\n")[2])
     dataset = find_dataset(tmp_path)
@@ -522,7 +522,7 @@ def test_parts_of_images_on_black_are_no_masks(tmp_path: Path) -> None:
         image, label = yard(k)
         save(tmp_path / "images" / f"{k}.jpg", image)
         save(tmp_path / "segmented" / f"{k}.png", image * (label == 3)[..., None])
-    with pytest.raises(DataError, match="show parts of their images on black"):
+    with pytest.raises(DataError, match="show parts of their images on black, not classes"):
         find_dataset(tmp_path)
 
 

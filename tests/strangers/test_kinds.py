@@ -124,7 +124,7 @@ def test_a_table_of_paths_pairs_files_whose_names_do_not_agree(tmp_path: Path, n
     assert len(dataset.pairs) == 8
     assert is_true(dataset, numbers)
     assert dataset.of("val")
-    assert f"the pairs of image and mask are those of {name}" in dataset.notes
+    assert f"images and masks are paired as in {name}" in dataset.notes
     assert "1 other image file not named in any table: left out" in dataset.notes
     (tmp_path / name).write_text("\n".join([*lines, line.format(k=8, image=image, mask="b")]))
     assert len(find_dataset(tmp_path).pairs) == 8

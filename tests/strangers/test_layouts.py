@@ -128,7 +128,7 @@ def test_good_images_without_masks_are_asked_about_and_become_background(tmp_pat
     good = [pair for pair in dataset.pairs if pair.image.parent.name == "good"]
     assert (len(good), len(dataset.pairs)) == (7, 11)
     assert not any(read_label(pair, dataset).any() for pair in good)
-    assert any("7 images without a mask, background everywhere" in note for note in dataset.notes)
+    assert any("7 images without a mask, all background" in note for note in dataset.notes)
     survey = survey_folder(tmp_path)
     assert [each.severity for each in survey.findings if each.severity != "note"] == []
     assert survey.images == (11, 4)
@@ -291,7 +291,7 @@ def test_masks_of_one_shape_that_are_alone_are_said_to_look_like_a_field_of_view
     for k in range(4):
         save(tmp_path / "images" / f"{k}.png", yard(k)[0])
         save(tmp_path / "mask" / f"{k}.png", np.pad(np.full((20, 30), 255, np.uint8), ((6,), (9,))))
-    assert "as a field of view has, but masks of classes rarely do" in "\n".join(
+    assert "like a field of view, which masks of classes rarely do" in "\n".join(
         find_dataset(tmp_path).notes
     )
 
@@ -837,7 +837,8 @@ def test_of_several_frames_for_one_mask_that_of_its_name_is_taken(tmp_path: Path
     dataset = find_dataset(tmp_path)
     assert {pair.image.stem for pair in dataset.pairs} == {"20"}
     assert any(
-        "because they have names less like those of the masks" in note for note in dataset.notes
+        "because they have names that are less similar to those of the masks" in note
+        for note in dataset.notes
     )
 
 

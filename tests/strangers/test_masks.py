@@ -322,7 +322,7 @@ def test_no_data_is_ignored(tmp_path: Path, dtype: type, nodata: float) -> None:
     label = read_label(dataset.pairs[0], dataset)
     assert (label[:4] == IGNORE).all()
     assert np.array_equal(label[4:], yard(0)[1][4:])
-    assert any("no data" in note for note in dataset.notes) == (nodata in (0, 9))
+    assert any("as nodata" in note for note in dataset.notes) == (nodata in (0, 9))
 
 
 def test_ids_that_are_too_large_are_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_ids_that_are_too_large_are_refused_with_what_to_do(tmp_path: Path) -> N
         pixels, label = yard(k)
         save(tmp_path / "images" / f"{k}.png", pixels)
         save(tmp_path / "masks" / f"{k}.tif", np.uint32(100_003) * label)
-    with pytest.raises(DataError, match=r"value 300009, but ids of classes are at most 65535; if"):
+    with pytest.raises(DataError, match=r"value 300009, but class ids must be at most 65535; if"):
         find_dataset(tmp_path)
 
 

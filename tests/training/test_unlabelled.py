@@ -129,8 +129,8 @@ def text(k: int) -> np.ndarray:
     [
         (3, lambda k: draw_shapes(np.random.default_rng(k))[0], "3 images, but 4 or more are"),
         (6, noise, "are noise: the correlation of neighbouring pixels is"),
-        (6, lambda k: np.zeros(SIZE, np.uint8), "show nothing"),
-        (6, text, "show nothing"),
+        (6, lambda k: np.zeros(SIZE, np.uint8), "are blank"),
+        (6, text, "are blank"),
     ],
 )
 def test_images_that_show_no_place_are_refused_before_training(
@@ -146,7 +146,7 @@ def test_settings_that_rule_each_other_out_are_refused(data: Path, tmp_path: Pat
     given = {**SETTINGS, "data.unlabelled": str(data)}
     with pytest.raises(SettingsError, match="set only one of them"):
         useg.train(data, tmp_path / "run", settings=given, unlabelled=data)
-    with pytest.raises(DataError, match="is no folder; give a folder of unlabelled images"):
+    with pytest.raises(DataError, match="is not a folder; give a folder of unlabelled images"):
         useg.train(data, tmp_path / "run", settings=SETTINGS, unlabelled=tmp_path / "nowhere")
     given = {**SETTINGS, "train.augment": False}
     with pytest.raises(SettingsError, match=r"train\.augment = false disables this"):

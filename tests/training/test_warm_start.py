@@ -235,7 +235,9 @@ def test_run_whose_start_has_changed_is_neither_continued_nor_repeated(
     save_model(made_model(NAMES, width=8), path)
     for how in ({"resume": True}, {"config": tmp_path / "cut" / "run.toml"}):
         out = tmp_path / ("cut" if "resume" in how else "again")
-        with pytest.raises(ModelError, match=r"start.safetensors is not the model that .* from; "):
+        with pytest.raises(
+            ModelError, match=r"start.safetensors is not the model from which .* started; "
+        ):
             useg.train(data, out, **how)
     assert not (tmp_path / "again").exists()
 
@@ -300,7 +302,7 @@ def test_delivered_model_takes_a_quarter_of_the_weights_of_its_start_at_a_new_pl
     only_trained = {**settings, "model.start_share": 0.0}
     trained = useg.train(data, tmp_path / "b", start=run, settings=only_trained)
     assert any(
-        line.startswith("the final weights are 25 % those of the initial model") for line in said
+        line.startswith("mixed 25 % of the initial model into the final weights") for line in said
     )
     old, new, result = (load_model(path) for path in (run, trained.out, mixed.out))
     assert result.provenance["start"]["share"] == 0.25

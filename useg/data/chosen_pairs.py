@@ -19,12 +19,12 @@ from useg.data.roles import NamedFiles, leads_to_predictions
 from useg.errors import UsageError, join_names
 from useg.images.image_files import read_size
 
-# Names of images that are no photographs of what the masks show. Photographs may be in colour.
+# Names of images that are not photographs of what the masks show. Photographs may be in colour.
 # What is called good shows nothing that a mask could mark.
 _OTHER_IMAGE_WORDS = (OTHER_WORDS | {"good", "ok", "healthy", "intact"}) - {
     *("color", "colors", "colour", "colours", "colored")
 }
-# Images of the opposite are called so.
+# Words for images of the opposite, such as not_fire beside fire.
 _NEGATIONS = frozenset(["not", "no", "non", "without"])
 _JOIN_ADVICE = (
     "join the bands of each image in one TIFF or .npy: numpy.save('images/NAME.npy', "
@@ -85,7 +85,7 @@ def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPai
         kept = further if choice is main else {}
         yield ChosenPairs(choice, kept, others, tuple(notes), field_of_view)
         used |= images | others | {name for link in rivals for name in link.partners}
-        # The pictures that a model made are no images of the data set, and neither are arrays
+        # The pictures that a model made are not images of the data set, and neither are arrays
         # beside pictures, such as those of optical flow.
         links = [
             rest
@@ -245,11 +245,11 @@ def _criteria_of_images(
     if len({frozenset(map(generalize_folder, link.partners)) for link in sets}) == 1:
         # Frames of a video, of which one in each folder has a mask, or images of two cameras.
         shown = [_count_shared_start(link, files) for link in sets]
-        why = "have names less like those of the masks"
+        why = "have names that are less similar to those of the masks"
         yield lambda k: shown[k] == max(shown) > 0, why, False
     yield lambda k: _have_mask_sizes(sets[k], files), "have other sizes", True
     kinds = [files.kind_by_pixels(link.partners) for link in sets]
-    yield lambda k: kinds[k] == "image", "are no photographs", True
+    yield lambda k: kinds[k] == "image", "are not photographs", True
     words = [own & _OTHER_IMAGE_WORDS for own in constants]
     left = [own for own, reason in zip(words, reasons, strict=True) if not reason]
     called = join_names([f"'{word}'" for word in sorted(frozenset.union(*left))])
@@ -369,7 +369,7 @@ def _join_series(
 ) -> Link:
     """Add the pairs of links to further masks of the same series, whose images lie beside these.
 
-    Masks of another one of the sets for these images are no further masks.
+    Masks of another set for these images are not further masks.
     """
     partners = dict(link.partners)
     rivals = [each for each in sets if each is not link and set(each.partners) & set(partners)]

@@ -140,8 +140,8 @@ def match_classes(
 def unnamed_classes_error(model: ClassTable, place: str) -> DataError:
     """Return the error for ids without names, scored by a model whose classes have names."""
     return DataError(
-        f"the masks of {place} store ids without names, and nothing says that they mean the "
-        f"model's classes ({_list_values(model)}); if they do, run it again with --map "
+        f"the masks of {place} store ids without names, and they may not be the ids of the "
+        f"model's classes ({_list_values(model)}); if they are, run it again with --map "
         f"{SAME_VALUES} "
         "(class_map in Python), or give the folder a classes.toml"
     )

@@ -184,7 +184,7 @@ def decide_classes(
 
 
 def _describe_unused(listed: Sequence[NamedClasses], table: ClassTable, root: Path) -> str:
-    """Say that a file that lists names alone does not fit the masks; ``""`` if there is none."""
+    """Say that a file that lists only names does not fit the masks; ``""`` if there is none."""
     for named in listed:
         if len(named.classes) > 1 and not named.has_ids and not named.has_colors:
             return (
@@ -222,7 +222,7 @@ def _describe_shift(named: NamedClasses) -> str:
     last = max((each.id or 0, each.name) for each in named.classes)
     return (
         f"'{named.file}' lists 0 as unlabelled, but the masks mark unlabelled pixels with 255 and "
-        f"never contain {last[0]} ('{last[1]}'). The values in the masks may be lower by one than "
+        f"never contain {last[0]} ('{last[1]}'). The values in the masks may be one lower than "
         "those in the file, as in COCO-Stuff; list the classes with the values of the masks in "
         "classes.toml"
     )
@@ -267,7 +267,7 @@ def _decide_by_content(
     nodata = _ignored_nodata(values, encoding)
     if nodata:
         notes.append(
-            f"the files say that {join_some(nodata)} means no data, so that value is ignored; to "
+            f"the files declare {join_some(nodata)} as nodata, so that value is ignored; to "
             "train it as a class, list it in classes.toml"
         )
     decision = _decide_by_value(values - set(nodata), kept, ignore, nodata, notes)
@@ -286,8 +286,8 @@ def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:
     stored = table.stored
     names = join_some([f"'{table.names[k]}'" for k in dropped])
     note = (
-        f"{names} {'is' if len(dropped) == 1 else 'are'} ignored, since the name says that such "
-        "pixels have no label; to train it as a class, list it in classes.toml"
+        f"{names} {'is' if len(dropped) == 1 else 'are'} ignored, because the name says that "
+        "these pixels have no label; to train it as a class, list it in classes.toml"
     )
     table = replace(
         table,
@@ -316,7 +316,7 @@ def _decide_by_value(
     if ids[-1] >= 1 << 16:
         path = next(mask.path for mask in masks if ids[-1] in mask.codes)
         raise DataError(
-            f"mask '{path}' has the value {ids[-1]}, but ids of classes are at most 65535; if the "
+            f"mask '{path}' has the value {ids[-1]}, but class ids must be at most 65535; if the "
             "values number objects, write objects = true into dataset.toml, otherwise save the "
             "masks with lower ids"
         )
@@ -383,7 +383,7 @@ def has_ignored_255(values: Iterable[int]) -> bool:
     """
     ids = sorted(set(values) - {IGNORE})
     usual = [value for value in ids if value < _MIN_HIGH_ID]
-    # Beside 255, 254 may be no class either.
+    # Beside 255, 254 may not be a class either.
     ids = usual if len(usual) > 2 else ids
     if IGNORE not in values or len(ids) < 2:
         return False

@@ -407,9 +407,9 @@ def read_objects(pair: Pair, dataset: Dataset) -> NDArray[np.int32]:
             connected = regions(read_label(pair, dataset)).astype(np.int32) + np.int32(1)
             return _keep_object_classes(connected, pair, dataset)
         raise DataError(
-            f"mask '{pair.mask}' has classes and no objects; set objects = true in dataset.toml if "
-            "each of its values is an object, or in classes.toml for the classes whose connected "
-            "regions are objects"
+            f"mask '{pair.mask}' stores classes, not objects; set objects = true in dataset.toml "
+            "if each of its values is an object, or in classes.toml for the classes whose "
+            "connected regions are objects"
         )
     numbered = _number_objects(_read_values(pair, dataset.encoding))
     objects: NDArray[np.int32] = np.maximum(numbered, 0).astype(np.int32)
@@ -428,7 +428,7 @@ def _keep_object_classes(
 
 
 def object_classes(dataset: Dataset) -> tuple[int, ...]:
-    """Return the classes of which the truth distinguishes objects.
+    """Return the classes whose objects the truth distinguishes.
 
     ``classes.toml`` decides. Otherwise they are all classes but the background, if the masks number
     objects or if there is one mask for each; and those of drawn shapes of which an image that has

@@ -60,7 +60,7 @@ _OFFICIAL_SPLITS = ("train", "val", "test")
 # Settings that a message proposes.
 _MAX_OPTIONS = 5
 
-# Sets of masks with these words in their names may be other things than classes.
+# Sets of masks with these words in their names may not be classes.
 _NO_CLASS_WORDS = (
     MASK_WORDS
     | OTHER_WORDS
@@ -94,7 +94,7 @@ class GlobSettings:
         alpha: Whether the classes are in the masks' transparency; None: the masks decide.
         empty: What an image without annotations is: ``background``, or ``ignore`` if it is not
             finished.
-        has_ignore: Whether ``ignore`` is given, be it empty.
+        has_ignore: Whether ``ignore`` is given, even if it is empty.
         missing: What happens to images without a mask: ``error``, ``skip``, or ``background``.
     """
 
@@ -175,7 +175,7 @@ def _check_settings(file: Path, content: dict[str, Any]) -> GlobSettings:
 
 
 def _check_types(file: Path, texts: Sequence[object], content: Mapping[str, Any]) -> None:
-    """Refuse values of another type than their key takes."""
+    """Refuse values of the wrong type."""
     ignore = content.get("ignore", [])
     if (
         not all(isinstance(text, str) for text in texts)
@@ -197,12 +197,12 @@ def _check_choices(file: Path, content: Mapping[str, Any]) -> None:
     if empty not in ("", "background", "ignore"):
         raise DataError(
             f'{file} has empty = {shorten(empty)}; choose "background", or "ignore" if images '
-            "without annotations are not finished"
+            "without annotations are unfinished"
         )
     if missing not in ("", "error", "skip", "background"):
         raise DataError(
-            f'{file} has missing = {shorten(missing)}; choose "error", "skip" if images without a '
-            'mask are left out, or "background" if they show only that'
+            f'{file} has missing = {shorten(missing)}; choose "error", "skip" to leave out '
+            'images without a mask, or "background" if they show only background'
         )
 
 
@@ -430,7 +430,7 @@ def _skip_missing(found: DetectedLayout) -> list[str]:
 
 
 def _use_for_training(found: DetectedLayout, images: str) -> list[str]:
-    """Return the lines of a dataset.toml that train on pairs of which none is for training."""
+    """Return the lines of a dataset.toml that put all pairs into training, if none of them is."""
     if any(pair.split in ("", "train") for pair in found.pairs):
         return []
     return ["[splits]", f"train = {quote_toml(images)}"]

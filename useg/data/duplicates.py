@@ -72,7 +72,7 @@ ORIENTATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 # are kept.
 _LANDMARK_SIDE = 8
 _NUM_LANDMARKS = 256
-# Patches with a smaller range of values, such as parts of a plain area, are no landmarks.
+# Patches with a smaller range of values, such as parts of a plain area, are not landmarks.
 _MIN_LANDMARK_RANGE = 12
 # Two images overlap if at least this many landmarks, and this share of those in the smaller
 # overlap, agree in one displacement.
@@ -218,7 +218,7 @@ Landmarks = NDArray[np.uint64]
 def find_landmarks(image: Image) -> Landmarks:
     """Return landmarks of an image ``(H, W, C)``: the same in every crop that has their pixels.
 
-    Only the middle band is used. Patches that occur twice in an image are no landmarks.
+    Only the middle band is used. Patches that occur twice in an image are not landmarks.
     """
     band = np.ascontiguousarray(image[..., image.shape[2] // 2])
     if band.dtype.kind == "f":
@@ -275,7 +275,7 @@ def find_overlaps(
 
 
 def is_quick_to_compare(pairs: Sequence[Pair]) -> bool:
-    """Return whether the images are so few and small that they may be decoded without being asked.
+    """Return whether the images are so few and small that they can be decoded by default.
 
     The number of pixels is estimated from some of the images' headers.
     """

@@ -48,8 +48,8 @@ def glob_files(folder: Path, pattern: str) -> dict[Path, str]:
         paths = sorted((path for path in folder.glob(pattern) if path.is_file()), key=natural_key)
     except OSError as error:
         raise DataError(
-            f"the folders of the glob {shorten(pattern)} cannot be read ({error}); name them more "
-            "exactly"
+            f"the folders of the glob {shorten(pattern)} cannot be read ({error}); choose a more "
+            "specific glob"
         ) from error
     regex = _compile_glob(re.sub(r"\.[^./]*$", "", pattern))
     names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
@@ -64,7 +64,7 @@ def _check_extent(folder: Path, pattern: str) -> None:
     """Refuse a glob that would search very many files, such as those of a whole disk.
 
     Raises:
-        DataError: The glob is such.
+        DataError: It is such a glob.
     """
     folders = pattern.split("/")[:-1]
     fixed = list(itertools.takewhile(lambda part: not set(part) & set("*?["), folders))
@@ -76,7 +76,7 @@ def _check_extent(folder: Path, pattern: str) -> None:
         if num_files > MAX_GLOB_FILES:
             raise DataError(
                 f"the glob {shorten(pattern)} would search more than {MAX_GLOB_FILES:,} "
-                f"files in '{base}'; name the folder more exactly"
+                f"files in '{base}'; name a more specific folder"
             )
     reached = [base]
     for part in folders[len(fixed) :]:
@@ -85,7 +85,7 @@ def _check_extent(folder: Path, pattern: str) -> None:
         if len(reached) > MAX_GLOB_FOLDERS:
             raise DataError(
                 f"the glob {shorten(pattern)} reaches more than {MAX_GLOB_FOLDERS:,} folders in "
-                f"'{base}', some perhaps by links; name the folders more exactly"
+                f"'{base}', some perhaps through links; choose a more specific glob"
             )
 
 
@@ -93,7 +93,7 @@ def check_glob(file: Path, pattern: str) -> None:
     """Refuse a glob that no file can match, or that would take very long to match.
 
     Raises:
-        DataError: The glob is such.
+        DataError: It is such a glob.
     """
     parts = pattern.split("/")
     problem = ""
@@ -111,7 +111,7 @@ def check_glob(file: Path, pattern: str) -> None:
         try:
             _compile_glob(pattern)
         except re.error as error:
-            problem = f"has brackets that are no set of characters ({error})"
+            problem = f"has brackets that do not form a set of characters ({error})"
     if problem:
         raise DataError(f"{file}: the glob {shorten(pattern)} {problem}; correct it")
 

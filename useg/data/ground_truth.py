@@ -45,7 +45,7 @@ _MIN_EDGE_GAIN = 1.05
 _EDGE_WINDOW = 1500
 # Strokes, also on the background, cover less than this share of the images.
 _MAX_STROKES_AREA = 0.4
-# More values than this in one mask are no classes where another set has few.
+# More values than this in one mask are not classes where another set has few.
 _MAX_CLASSES = 256
 # Names of files that a model wrote.
 PREDICTION_WORDS = frozenset(
@@ -155,7 +155,7 @@ class _MaskSet:
 
     @cached_property
     def same_shape(self) -> float:
-        """The lowest IoU of two masks' shapes; 0 if these are no shapes."""
+        """The lowest IoU of two masks' shapes; 0 if these are not shapes."""
         return compare_shapes(self.points)
 
     @property
@@ -428,7 +428,7 @@ def _measure_edge_fit(mask_set: _MaskSet, image: Path) -> float:
 
 
 def _find_defect(mask_set: _MaskSet, mask_sets: Sequence[_MaskSet]) -> str:
-    """Return why a candidate is no truth whatever the others are, or ``""``."""
+    """Return why a candidate is not the truth whatever the others are, or ``""``."""
     if not mask_set.values:
         return "cannot be read"
     if len(mask_set.all_values) == 1:
@@ -504,7 +504,7 @@ def are_class_masks(candidates: Sequence[Candidate]) -> bool:
 
 
 def _may_be_classes(one: _MaskSet, other: _MaskSet) -> bool:
-    """Return whether two sets may hold one class each, of which images have one or both."""
+    """Return whether two sets may hold one class each: every image has one or both of them."""
     both = [
         a for a, b in zip(one.points, other.points, strict=True) if not (a is None or b is None)
     ]

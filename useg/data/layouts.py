@@ -216,7 +216,7 @@ def _settle_missing(found: DetectedLayout, folder: Path, missing: str) -> Detect
         splits = find_splits(everything, folder, everything) if has_splits else {}
         added = (Pair(path, path, splits.get(path, ""), truth=ClassMasks(())) for path in images)
         pairs = tuple(sorted((*pairs, *added), key=lambda pair: natural_key(pair.image)))
-        note += ', background everywhere, as missing = "background" in dataset.toml says'
+        note += ', all background, because dataset.toml has missing = "background"'
     elif missing == "skip":
         note += " left out"
     elif found.unnamed:
@@ -282,7 +282,7 @@ def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> D
         except DataError:
             return found
         note = (
-            f"to ignore what lies outside of the field of view, write {file} with the line "
+            f"to ignore the pixels outside the field of view, create {file} with the line "
             f"valid = {quote_toml(found.field_of_view)}"
         )
         return replace(found, notes=(*found.notes, note))
@@ -296,7 +296,7 @@ def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> D
     if matched.images:
         raise DataError(
             f'{file}: valid = "{valid}" matches no file for {len(matched.images)} images, such '
-            f"as '{matched.images[0]}'; correct the glob, or leave it out"
+            f"as '{matched.images[0]}'; correct or remove the glob"
         )
     masks = dict(matched.pairs)
     return replace(
@@ -365,9 +365,9 @@ def _describe_page_counts(pair: Pair, images: int, masks: int) -> str:
     """Say that an image has more or fewer pages than its mask."""
     if _are_rows(pair, images, masks):
         return (
-            f"image '{pair.image}' has {images} pages of the size of its mask's rows: it seems to "
-            "be an array (H, W, C) that tifffile saved row by row; save it as one image, in "
-            "Python: tifffile.imwrite(file, tifffile.imread(file), photometric='minisblack', "
+            f"image '{pair.image}' has {images} pages, each as large as one row of its mask: it "
+            "seems to be an array (H, W, C) that tifffile saved row by row; save it as one image, "
+            "in Python: tifffile.imwrite(file, tifffile.imread(file), photometric='minisblack', "
             "planarconfig='contig')"
         )
     return (

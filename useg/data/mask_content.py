@@ -555,7 +555,7 @@ def is_two_valued(path: Path) -> bool:
 
 
 def compare_shapes(masks: Sequence[NDArray[np.int64] | None]) -> float:
-    """Return the lowest IoU of the shapes in two of the masks; 0 if these are no shapes.
+    """Return the lowest IoU of the shapes in two of the masks; 0 if these are not shapes.
 
     Args:
         masks: What :func:`read_points` returns for each. They are shapes if they have two values in
@@ -591,6 +591,6 @@ def describe_constant_shape(masks: Iterable[Path]) -> str:
     if iou < SAME_SHAPE_IOU:
         return ""
     return (
-        f"the masks have nearly the same shape in every image (IoU {iou:.2f}), as a field of view "
-        "has, but masks of classes rarely do; check that these files are the masks"
+        f"the masks mark nearly the same pixels in every image (IoU {iou:.2f}), like a field of "
+        "view, which masks of classes rarely do; check that these files are the masks"
     )

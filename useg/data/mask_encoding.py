@@ -51,13 +51,13 @@ _MIN_MANY_OBJECTS = 8
 _MIN_PLACE_VARIANCE = 0.5
 
 _NUMBERED_OBJECTS = (
-    "the masks number their objects: nearly every value but 0 is one connected region. All "
-    "objects were joined into one class, foreground (useg.read_objects returns them one by one); "
-    "objects = false in dataset.toml makes each value a class"
+    "the masks number their objects: nearly every value except 0 is one connected region. All "
+    "objects were joined into one class, foreground (useg.read_objects returns the numbers); set "
+    "objects = false in dataset.toml to make each value a class"
 )
 _UNCLEAR_OBJECTS = (
-    "nearly every value but 0 is one connected region, whose place differs from mask to mask; if "
-    "the values number objects, set objects = true in dataset.toml, otherwise ignore this note"
+    "nearly every value except 0 is one connected region, whose place differs from mask to mask; "
+    "if the values number objects, set objects = true in dataset.toml, otherwise ignore this note"
 )
 
 
@@ -97,7 +97,7 @@ _MIN_SHOWN_SHARE = 0.5
 # Larger masks are read at every n-th pixel.
 _MAX_SIDE_PIXELS = 600
 
-# Larger reductions are no reductions.
+# A larger ratio of the sizes has another reason.
 _MAX_SCALE = 16
 
 
@@ -155,7 +155,7 @@ def find_encoding(
 
     Args:
         pairs: Pairs with mask files.
-        objects: Whether masks number objects, if somebody has said so.
+        objects: Whether masks number objects; None if no file says.
         alpha: Whether the classes are in the transparency, likewise.
         are_inferred: Whether the values of the masks become the classes, since no table is known.
 
@@ -163,7 +163,7 @@ def find_encoding(
         The encoding, and notes about what was found, in words.
 
     Raises:
-        DataError: The values are classes and numbers of objects in one, and nobody has said so.
+        DataError: Each value combines a class with the number of an object, and no file says so.
     """
     chosen = pick_evenly(pairs, _NUM_MASKS_READ)
     masks = _Masks(chosen)
@@ -184,7 +184,7 @@ def find_encoding(
     if scale > 1:
         notes.append(
             f"the images are {scale} times as wide and high as their masks, which are enlarged "
-            "without smoothing; if they were made that way, ignore this note"
+            "without smoothing; if this is intended, ignore this note"
         )
     nodata = sorted({int(value) for header in headers for value in _nodata_of(header)})
     return MaskEncoding(objects, bool(alpha), scale, tuple(nodata)), tuple(notes)
@@ -227,7 +227,7 @@ def _refuse_cutouts(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> None
         if np.mean(distances <= MAX_JPEG_DISTANCE) < _MIN_SHOWN_SHARE:
             return
         raise DataError(
-            f"the masks, such as '{pair.mask}', show parts of their images on black instead of "
+            f"the masks, such as '{pair.mask}', show parts of their images on black, not "
             "classes; save masks with a number for each class, such as 0 where they are black and "
             "1 elsewhere"
         )
@@ -351,7 +351,7 @@ def _describe_factor(are_both: bool, masks: Iterable[DecodedMask]) -> str:
     for codes, _ in islice(masks, _NUM_MASKS_OF_NUMBERS):
         step = max(1, max(codes.shape) // _MAX_SIDE_PIXELS)
         values, counts = np.unique(codes[::step, ::step], return_counts=True)
-        # Ids, and most colours, show at once that they are no numbers.
+        # Ids, and most colours, show at once that they do not number objects.
         if values[-1] <= IGNORE or values[-1] >= COLOR_FLAG + (_MAX_RED_ID << 16):
             return ""
         found |= set(values.tolist())

@@ -147,7 +147,7 @@ def describe_border(border: int | None) -> list[str]:
 def find_border(masks: Iterable[CodeMap]) -> int | None:
     """Return the code of thin lines without which areas of other codes hardly ever meet, or None.
 
-    Three codes or more are needed, so that thin things on a background are no border.
+    Three codes or more are needed, so that thin things on a background are not a border.
     """
     border = None
     for codes in masks:
@@ -297,7 +297,7 @@ def _find_levels(mask: MaskContent) -> Iterator[tuple[float, int]]:
 
 
 def refuse_two_encodings(masks: Sequence[MaskContent]) -> None:
-    """Refuse masks of which some store a class as 1 and others as 255.
+    """Refuse masks if some store a class as 1 and others as 255.
 
     Raises:
         DataError: There are masks of both kinds.
@@ -316,7 +316,7 @@ def refuse_two_encodings(masks: Sequence[MaskContent]) -> None:
 
 
 def refuse_unknown(mask: MaskContent, table: ClassTable) -> None:
-    """Refuse a mask with codes that are no classes.
+    """Refuse a mask with codes that are not classes.
 
     Raises:
         DataError: The mask has such codes; the likely cause is named.
@@ -368,7 +368,7 @@ def refuse_ade20k(root: Path, masks: Iterable[Path]) -> None:
     They are called ``a_seg.png`` and lie beside ``a_atr.txt``, ``a.json`` or ``a_parts_1.png``.
 
     Raises:
-        DataError: The masks are such. The message has lines of Python that convert them.
+        DataError: These are such masks. The message has lines of Python that convert them.
     """
     paths = sorted({path for path in masks if path.stem.endswith("_seg")})[:_NUM_ADE20K_MASKS]
     if not paths or not all(map(_is_of_ade20k, paths)):

@@ -2,7 +2,7 @@
 
 They lie in a folder for each image (``ID/masks/*.png``), or are numbered beside each other
 (``a_mask.png``, ``a_mask_1.png``). Objects become background and foreground. Masks by several
-annotators, and one mask per class, are no objects.
+annotators, and one mask per class, are not objects.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _ObjectFolder(NamedTuple):
 def find_object_masks(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
     """Pair each image with a folder of masks, one per object: ``ID/images/ID.png``, ``ID/masks/``.
 
-    The folder may also be called like the image: ``images/ID.png``, ``masks/ID/0.png``.
+    The folder may also have the name of the image: ``images/ID.png``, ``masks/ID/0.png``.
     """
     folders: dict[Path, list[Path]] = defaultdict(list)
     for path in paths:
@@ -189,14 +189,15 @@ def _refuse_several_annotators(
         listed = ", ".join(f"'{path}'" for path in several[0][:_NUM_NAMED])
         raise OpenChoiceError(
             f"images have several masks that mark nearly the same pixels (IoU {overlap:.2f}), such "
-            f"as {listed}, so they seem to be by several annotators, and not of several objects",
+            f"as {listed}. They seem to come from several annotators, not to "
+            "show different objects",
             candidates,
             candidates,
         )
 
 
 def _has_own_mask(image: Path, masks: Sequence[Path]) -> bool:
-    """Return whether one of several masks is called like the image, so that it is no object."""
+    """Return whether one of several masks has the name of the image and so is not an object."""
     core = strip_role_words(image.stem)
     own = [path for path in masks if core in path.stem.casefold()]
     return 0 < len(own) < len(masks) or image.stem in {path.stem for path in masks}
@@ -237,8 +238,9 @@ def join_masks(
         listed = ", ".join(f"'{path}'" for path in sorted(several[0])[:_NUM_NAMED])
         candidates = _group_by_ending(found)
         raise OpenChoiceError(
-            f"the masks of each image, such as {listed}, together cover all of it, so they seem to "
-            "be one per class, and not one per object; list a glob for each class under [masks]",
+            f"the masks of each image, such as {listed}, together cover all of it, so there "
+            "seems to be one for each class, not for each object; list a glob for each class under "
+            "[masks]",
             candidates,
             candidates,
         )
@@ -277,7 +279,7 @@ def _refuse_second_downloads(found: Mapping[Path, tuple[Path, ...]]) -> None:
         for path in masks[1:]:
             if _SECOND_DOWNLOAD.sub("", path.stem) == masks[0].stem:
                 raise OpenChoiceError(
-                    f"'{path}' is called like a second download of '{masks[0]}', and differs from "
+                    f"'{path}' has the name of a second download of '{masks[0]}', but differs from "
                     f"it. Keep one of them; if they are two objects, rename '{path.name}', for "
                     f"example to '{masks[0].stem}_1{path.suffix}'",
                     _group_by_ending(found, _MIN_SERIES),
@@ -298,7 +300,7 @@ def _group_by_ending(found: Mapping[Path, tuple[Path, ...]], least: float = 0.0)
 
 
 def add_numbered_masks(link: Link, used: set[str], files: Mapping[str, Path]) -> Link:
-    """Add images of which all masks are numbered: ``a_mask1`` and ``a_mask2`` beside ``b_mask``."""
+    """Add images whose masks are all numbered: ``a_mask1`` and ``a_mask2`` beside ``b_mask``."""
     folders = {generalize_folder(name) for name in link.partners}
     taken = {*used, *link.partners, *link.partners.values()}
     rest = [name for name in files if name not in taken]

@@ -76,7 +76,7 @@ def find_table_pairs(root: Path) -> DetectedLayout | None:
     if not pairs:
         return None
     rest = len(files) - len({path for pair in pairs.values() for path in (pair.image, pair.mask)})
-    notes = [f"the pairs of image and mask are those of {', '.join(used)}"]
+    notes = [f"images and masks are paired as in {', '.join(used)}"]
     if rest:
         notes.append(f"{format_count(rest, 'other image file')} not named in any table: left out")
     return DetectedLayout(

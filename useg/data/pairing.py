@@ -111,7 +111,7 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
 
 
 def _match_starts(images: Mapping[str, Path], masks: Mapping[str, Path]) -> dict[str, str]:
-    """Pair files of which one's name begins or ends with the other's; none if others do, too."""
+    """Pair files if one name begins or ends with the other; none if further names do, too."""
     stems = [
         {join_comparable(split_name(plain_stem(path))): name for name, path in files.items()}
         for files in (images, masks)
@@ -125,7 +125,7 @@ def _match_starts(images: Mapping[str, Path], masks: Mapping[str, Path]) -> dict
 
 
 def _join_comparable_names(names: Iterable[str]) -> dict[str, str]:
-    """Return names by what they are without capitals and leading zeros, if that is unique."""
+    """Return names by their form without capitals and leading zeros, if that is unique."""
     listed = list(names)
     folded = {join_comparable(split_name(name)): name for name in listed}
     return folded if len(folded) == len(listed) else {}
@@ -395,7 +395,7 @@ def _add_empty_folders(
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Move images in folders called ``good`` and the like from foreign files to those without mask.
 
-    Beside them are folders of images with masks, of which they are no other channel: ``normal``
+    Beside them are folders of images with masks, of which they are not another channel: ``normal``
     may also have the surface normals of the same images.
     """
     labelled = set(found)

@@ -204,7 +204,7 @@ _MIN_KNOWN_COLORS = 4
 
 
 def name_colors(colors: Sequence[Color]) -> tuple[str, tuple[str, ...]]:
-    """Return whose colours these are, and the name of each; ``""`` and ``()`` if of nobody known.
+    """Return the source of these colours, and the name of each; ``""`` and ``()`` if unknown.
 
     >>> name_colors([(0, 0, 0), (128, 64, 128), (244, 35, 232), (0, 0, 255)])
     ('CARLA 0.8', ('None', 'Roads', 'Sidewalks', 'Vehicles'))
@@ -251,7 +251,7 @@ def match_grey_palette(
 ) -> str:
     """Return the name of the palette whose colours have these grey levels, or ``""``.
 
-    Few or small values are no evidence.
+    Few or small values prove nothing.
     """
     if len(values - {0}) < 2 or max(values) < 2 * len(values) or values <= {0, 127, 128, 255}:
         return ""
@@ -303,7 +303,7 @@ def distinguish_carla(pairs: Sequence[Pair]) -> tuple[ClassTable, str]:
     if highest <= 12 or not (is_new or is_old):
         raise DataError(
             f"the masks have ids up to {highest} and few or no pixels of 7, the road of CARLA 0.8, "
-            "so nothing says whether they are the ids of CARLA 0.8 (1 building, 7 road) or those "
+            "so it is unclear whether they are the ids of CARLA 0.8 (1 building, 7 road) or those "
             'of 0.9.14 and later (1 road, 11 sky); choose with classes = "carla-0.8" or classes = '
             '"carla-0.9.14" in dataset.toml'
         )

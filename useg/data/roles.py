@@ -38,11 +38,11 @@ _REPEATED = "/"
 _NUM_SAMPLED = 4
 # Among more files than this, a rule for a single pair is an accident.
 _MAX_FILES_OF_ONE_PAIR = 5
-# What has masks is called so, as in labeled_train/images, and not only the masks.
+# Words for images that have masks, as in labeled_train/images, and not only for masks.
 _HAVING_MASKS = frozenset(["labeled", "labelled"])
 # A number that tells masks from images is that of at least so many of all files.
 _MIN_CONSTANT_SHARE = 0.1
-# Folders of which each pair is compared, if no rule connects the names.
+# Most folders that are compared with each other, if no rule connects the names.
 _MAX_FOLDERS = 12
 
 
@@ -97,7 +97,7 @@ class NamedFiles:
         return ("image" if kinds.pop() else "mask") if len(kinds) == 1 else "mixed"
 
     def kinds_by_alpha(self, sides: Sequence[Sequence[str]]) -> list[str]:
-        """Return ``mask`` for photographs of which a part is transparent, if the others have none.
+        """Return ``mask`` for photographs with a transparent part, if the others have none.
 
         Programs that remove backgrounds write such files.
         """
@@ -202,7 +202,7 @@ def _is_accident(link: Link, num_files: int) -> bool:
 
 
 def _learn_starts(files: NamedFiles) -> list[Link]:
-    """Learn links between folders of which one has names that begin with those of the other.
+    """Learn links between two folders if the names in one begin with those in the other.
 
     They may be one folder.
     """

@@ -100,7 +100,7 @@ def describe_scribbles(pairs: Sequence[Pair], encoding: MaskEncoding, folder: Pa
         folder: The data set's folder, where files may name the value of unlabelled pixels.
 
     Raises:
-        DataError: The masks are scribbles of several classes, and nobody said what the rest is; or
+        DataError: The masks are scribbles of classes, and no setting says what the rest is; or
             they are outlines.
     """
     pairs = [pair for pair in pairs if pair.truth is None]

@@ -119,7 +119,7 @@ def has_split_word(path: Path) -> bool:
 def _begins_with_splits(path: Path) -> bool:
     """Return whether a JSON or YAML file begins with a list of names or of images of a split.
 
-    It is called like a list of a split and begins with a text, or a key is called so.
+    Its name, or a key in it, is that of a list of a split, and it begins with a text.
     """
     with open_file(path) as file:
         beginning = file.read(_BEGINNING_BYTES)
@@ -186,7 +186,7 @@ class _SplitColumns:
     Args:
         image: The column that names images; None if each column lists the images of a split.
         splits: What the cells of other columns mean, in lower case; or the split of all.
-        has_header: Whether the first row is none of the images.
+        has_header: Whether the first row holds the names of the columns, not an image.
         has_folds: Whether there are several divisions, so that none of them is meant.
     """
 
@@ -211,7 +211,7 @@ class _SplitColumns:
 def _find_split_columns(rows: Sequence[Sequence[str]]) -> _SplitColumns | None:
     """Find the columns of a table that give its images splits, or None.
 
-    That is a column with the split of each image, or columns called like the splits.
+    That is a column with the split of each image, or columns with the names of the splits.
     """
     if len(rows) < 2 or len(rows[0]) > _MAX_COLUMNS:
         return None
@@ -243,7 +243,7 @@ def _find_split_columns(rows: Sequence[Sequence[str]]) -> _SplitColumns | None:
 def _find_flag_columns(
     header: Sequence[str], below: Sequence[Set[str]], image: int | None
 ) -> _SplitColumns | None:
-    """Find columns called like splits: with flags beside the images, or lists of the images.
+    """Find columns with the names of splits: with flags beside the images, or lists of the images.
 
     Args:
         header: The names of the columns.

@@ -20,7 +20,7 @@ from useg.parsing import open_file
 
 # Image files that are opened if no pairs are found.
 _NUM_TRIED = 3
-# A band of more values is no mask.
+# A band of more values is not a mask.
 _MAX_FEW_VALUES = 16
 # In a mask, a smaller share than this of the neighbouring pixels differ; in an image, the share is
 # larger by this factor.
@@ -253,7 +253,7 @@ def ask_about_numbers(folder: Path) -> None:
     of these numbers are images, and others masks.
 
     Raises:
-        OpenChoiceError: It is so.
+        OpenChoiceError: There are such files.
     """
     rows: dict[tuple[str, ...], Path] = {}
     for path in list_image_files(folder):

@@ -297,7 +297,7 @@ def check_common_placement(data: MeasuredDataset) -> Iterator[Finding]:
             f"are drawn too {width}",
         )
         return
-    what = "are shifted relative to" if any(placement.shift) else "have another scale than"
+    what = "are shifted relative to" if any(placement.shift) else "have a different scale from"
     yield Finding(
         "misplaced masks",
         "error",

@@ -39,7 +39,7 @@ _MAX_GAIN_OF_CELL = 3.0
 _MAX_ROUNDS_OF_APPEARANCE = 10
 
 # A negative gains at least this much log-likelihood per cell, and at least this share of the median
-# loss of the images that are no negatives.
+# loss of the images that are not negatives.
 _MIN_GAIN_OF_NEGATIVE, _MIN_GAIN_SHARE = 0.35, 0.7
 # An image that loses less than this share of the median is unclear. If more than this share of all
 # images is unclear, none is reported.

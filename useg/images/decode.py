@@ -176,7 +176,7 @@ def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
 
 
 def stored_no_data(file: BinaryIO) -> float | None:
-    """Return the value by which a TIFF says that there are no data (GDAL's tag), or None."""
+    """Return the value of pixels without data in a TIFF (GDAL's nodata tag), or None."""
     if not is_tiff(file):
         return None
     with open_tiff(file) as tiff:

@@ -326,7 +326,7 @@ def read_size(path: Path, page: int | None = None) -> tuple[int, int]:
 
 
 def read_no_data(path: Path) -> float | None:
-    """Return the value by which a TIFF says that there are no data, or None.
+    """Return the value of pixels without data in a TIFF (GDAL's nodata tag), or None.
 
     Raises:
         DataError: the file is missing or a damaged TIFF.

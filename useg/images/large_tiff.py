@@ -134,7 +134,7 @@ class Raster:
         )
 
     def band(self, rows: int) -> int:
-        """Return the width of a band of the image of which ``rows`` rows stay decoded."""
+        """Return how wide a band of the image may be, so that ``rows`` of its rows stay decoded."""
         if self._is_mapped or not self._tiff.first.is_tiled:
             # Either nothing is decoded, or each strip is as wide as the image.
             return self.shape[1]

@@ -104,7 +104,7 @@ class ZarrImage:
         self.dtype = self[0:1, 0:1].dtype
 
     def band(self, rows: int) -> int:
-        """Return the width of a band of the image of which ``rows`` rows stay decoded."""
+        """Return how wide a band of the image may be, so that ``rows`` of its rows stay decoded."""
         return columns_held(self._held, self._cell, rows)
 
     def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:

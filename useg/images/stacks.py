@@ -30,7 +30,7 @@ class Stack:
     """What the header of a file says about its images.
 
     Args:
-        num_pages: Number of images of one size; 1 for a file that is no stack. The channels of an
+        num_pages: Number of images of one size; 1 if the file is not a stack. The channels of an
             ImageJ stack are bands of one image. An array ``(N, H, W, C)`` is a stack.
         are_pages_grey: Whether it is a TIFF whose pages have one band each.
         npy_shape: Shape of the array in a ``.npy`` file; ``()`` for other files.

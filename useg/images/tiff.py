@@ -436,7 +436,7 @@ def _is_transparency(pixels: NDArray[Any], bands: tuple[int, ...], highest: int)
 
 
 def read_georeference(path: Path) -> GeoReference | None:
-    """Return where an image lies on a map, or None if its file does not say so.
+    """Return where an image lies on a map, or None if its file does not say.
 
     Raises:
         DataError: the file is missing or a damaged TIFF.

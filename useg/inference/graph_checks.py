@@ -304,7 +304,7 @@ def check_openvino_files(content: bytes, weights: bytes, source: object) -> None
     """Check the ``.xml`` and ``.bin`` of an OpenVINO model before OpenVINO reads them.
 
     Raises:
-        ModelError: the file is no plain XML, has operations that are not allowed, or weights that
+        ModelError: the file is not plain XML, has operations that are not allowed, or weights that
             are not in the ``.bin``.
     """
     if len(content) > MAX_XML_BYTES:

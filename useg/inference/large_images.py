@@ -72,7 +72,7 @@ class LargeImage(Protocol):
         ...
 
     def band(self, rows: int) -> int:
-        """Return the width of a band of the image of which ``rows`` rows stay decoded."""
+        """Return how wide a band of the image may be, so that ``rows`` of its rows stay decoded."""
         ...
 
     def missing(self, place: Rectangle) -> NDArray[np.bool_]:

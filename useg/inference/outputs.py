@@ -255,7 +255,7 @@ def label_image(
 
 
 def _clean(label: Label, wanted: OutputOptions, missing: NDArray[np.bool_] | None) -> Label:
-    """Remove the classes where there is no data, and small regions and holes."""
+    """Remove small regions and holes, and the classes of pixels without data."""
     if missing is not None:
         label[missing] = IGNORE
     if not wanted.min_region and not wanted.max_hole:

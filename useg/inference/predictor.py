@@ -194,7 +194,7 @@ class Predictor:
             ``(N, H, W)`` for a batch.
 
         Raises:
-            DataError: The image has other bands or another number type than the model takes.
+            DataError: The bands or the number type of the image are not those of the model.
         """
         if (batch := _split_batch(image)) is not None:
             return _stack([self(one, tile) for one in batch])
@@ -260,7 +260,7 @@ class Predictor:
             training images look.
 
         Raises:
-            DataError: The image has other bands or another number type than the model takes.
+            DataError: The bands or the number type of the image are not those of the model.
         """
         description = self.runtime.description
         if description.training_images is None:
@@ -428,7 +428,7 @@ def _to_image(image: ImageLike, description: ModelDescription) -> Image:
         ``(H, W, C)``; the bands are not checked yet.
 
     Raises:
-        DataError: It is no image, or it holds fractions that the model does not take.
+        DataError: It is not an image, or it holds fractions that the model does not take.
     """
     if isinstance(image, str | os.PathLike):
         return read_image_and_missing(Path(image))[0]

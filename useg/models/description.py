@@ -125,7 +125,7 @@ class ModelDescription:
 
     @property
     def min_object_pixels(self) -> int:
-        """The pixels that an object needs, to be no speck; 0 if the model has not learned them."""
+        """The minimum number of pixels of an object; 0 if the model has not learned objects."""
         return int(self.provenance.get("min_object_pixels", 0)) if self.has_objects else 0
 
     def min_pixels_at(self, scale: float) -> int:
@@ -144,7 +144,7 @@ class ModelDescription:
     def object_side(self) -> float:
         """Side of a typical object in the training images, in pixels; 0 if no scale is better.
 
-        That is so for models that give every image the same area: their images show whole scenes,
+        It is 0 for models that give every image the same area: their images show whole scenes,
         in which near objects are larger than far ones.
         """
         has_side = self.has_objects and not self.working.frame

@@ -294,7 +294,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     """
     with _open_safetensors(path) as file:
         forms = {}
-        # The file is no mapping.
+        # The file is not a mapping.
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_slice(name)
             kind = tensor.get_dtype()

@@ -93,7 +93,7 @@ class ObjectStatistics:
 
     Args:
         touching: The largest share of an image's objects that touch another one.
-        min_pixels: The pixels that an object needs, to be no speck; 0 without objects.
+        min_pixels: The minimum number of pixels of an object; 0 without objects.
         side: The side of a typical object (:func:`typical_side`) in a typical image; 0 without
             objects.
         largest_side: The same in the image with the largest objects.
@@ -405,7 +405,7 @@ def _min_part_pixels(cut: float, side: float) -> float:
 
 
 def _choose_seeds(regions: Sequence[_Regions], side: float, cuts: Cuts) -> list[NDArray[np.uint32]]:
-    """Return the number of the seed that each region is, at each cut; 0 if it is none."""
+    """Return the number of the seed of each region, at each cut; 0 if it is not a seed."""
     chain = np.arange(len(regions[0].areas), dtype=np.int64)
     seeds, count = [chain.copy()], len(chain)
     split: list[NDArray[np.int64]] = []
@@ -547,7 +547,7 @@ def _are_uncertain(
 
     Args:
         uncertainties: 1 minus the mean probability of each number's pixels ``(N,)``.
-        is_object: Which numbers are objects ``(N,)``; number 0 is none.
+        is_object: Which numbers are objects ``(N,)``; number 0 is not one.
     """
     counted = uncertainties[1:][is_object[1:]]
     typical = np.median(counted) if counted.size else 0.0

@@ -111,7 +111,7 @@ def confusion(
         ``(K, K)`` int64.
 
     Raises:
-        DataError: the sizes differ (scores at a reduced size are too high) or an id is no class.
+        DataError: the sizes differ (scores at a reduced size are too high) or an id is not a class.
 
     >>> confusion(np.uint8([[0, 1]]), np.uint8([[0, 0]]), 2)
     array([[1, 1],

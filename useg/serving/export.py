@@ -105,7 +105,7 @@ def check_export_target(out: Path) -> None:
     """Refuse a target that cannot be written, before any work.
 
     Raises:
-        SettingsError: it has another extension than ``.onnx`` or ``.xml``, its folder does not
+        SettingsError: its extension is neither ``.onnx`` nor ``.xml``, its folder does not
             exist, or it is a folder with other files in it.
         DataError: useg did not write the file that is there.
         MachineError: it cannot be written.

@@ -55,7 +55,7 @@ MAX_STEPS = 10**9
 DAMAGE = RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError
 LOG_NAME = "log.jsonl"
 # A row takes some hundred bytes. What comes after a longer one, or after more other lines than a
-# killed job leaves, is no log.
+# killed job leaves, is not a log.
 _MAX_ROW_BYTES, _MAX_OTHER_LINES = 1 << 16, 100_000
 
 # Saving may take this share of the training time, and happens at most this often.
@@ -97,7 +97,7 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
     """Refuse a folder in which a run would replace files of others.
 
     Raises:
-        DataError: There are such files.
+        DataError: There are files of another run.
         UsageError: It contains a run that is not to be continued.
     """
     if not resume and any(os.path.lexists(out / name) for name in (MODEL_NAME, "run.toml")):
@@ -295,7 +295,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Any) -> None:
     for weights, state in optimizer.state.items():
         for value in state.values():
             if isinstance(value, Tensor) and value.ndim and value.shape != weights.shape:
-                raise ValueError("a moment of the optimizer has another shape than its weights")
+                raise ValueError("a moment of the optimizer differs in shape from its weights")
 
 
 def _restore_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, content: Any) -> None:

@@ -208,8 +208,8 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
         return plan
     if distributed.is_distributed():
         raise MachineError(
-            f"a device of this distributed run cannot be used: {fault or 'see above'}; leave it "
-            "out, or train on the device cpu"
+            f"a device of this distributed run cannot be used: {fault or 'see above'}; omit "
+            "it, or train on the device cpu"
         )
     sentence = f"{describe_device(device)} is not used, because {fault}; the CPU trains instead"
     return replace(_plan_on(CPU, settings, dataset), fault=sentence)

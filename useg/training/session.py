@@ -255,7 +255,7 @@ class TrainingSession:
         return interrupted
 
     def do_what_is_due(self, row: LogRow) -> None:
-        """Validate, compare, recount the steps and change the threads, as far as it is due."""
+        """Validate, compare, recount the steps and change the threads, whichever are due."""
         step = row["step"]
         if self.is_validation_due(step):
             self.validate(row)
@@ -513,8 +513,8 @@ def mix_with_start(session: TrainingSession, start: WarmStart, scores: Scores) -
     trainer.start = replace(start, share=share)
     _save_best_model(trainer, session.out, session.dataset, kept.provenance["step"], mixed)
     session.progress.say(
-        f"the final weights are {100 * share:.0f} % those of the initial model, so that it forgets "
-        "less of what it has learned before; model.start_share = 0 disables this"
+        f"mixed {100 * share:.0f} % of the initial model into the final weights, so that the model "
+        "forgets less of what it had learned; model.start_share = 0 disables this"
     )
     return mixed
 

@@ -162,7 +162,7 @@ class Trainer:
 
     @property
     def is_long(self) -> bool:
-        """Whether it pays to compile kernels: the settings say so, a resumed run computes alike."""
+        """Whether compiling kernels pays, by the settings, so that a resumed run computes alike."""
         train = self.settings.train
         if train.minutes is not None:
             return train.minutes >= MIN_LONG_MINUTES
@@ -410,7 +410,7 @@ def _check_settings(train: TrainSettings, *, has_encoder_weights: bool) -> None:
     if train.freeze == "encoder" and not has_encoder_weights:
         raise SettingsError(
             "train.freeze = encoder is set, but the encoder starts from random weights; start from "
-            "a model of your own, or leave train.freeze out"
+            "a model of your own, or omit train.freeze"
         )
     assert train.batch
     if train.batch % world_size():

@@ -104,8 +104,7 @@ def read_colours(
     """
     if not os.path.isdir(folder):
         raise DataError(
-            f"{os.fspath(folder)} is no folder; give a folder of unlabelled images, or leave them "
-            "out"
+            f"{os.fspath(folder)} is not a folder; give a folder of unlabelled images, or omit them"
         )
     files = list_image_files(Path(folder))
     masks = set(find_masks(files, Path(folder)))
@@ -113,7 +112,7 @@ def read_colours(
     if len(paths) < MIN_UNLABELLED:
         raise DataError(
             f"{os.fspath(folder)} has {format_count(len(paths), 'image')}, but {MIN_UNLABELLED} or "
-            "more are needed; add images of the same place, or leave them out"
+            "more are needed; add images of the same place, or omit them"
         )
 
     def read(path: Path) -> Image:
@@ -127,7 +126,7 @@ def read_colours(
         (measure_colours(sample.image), _neighbour_correlation(sample.image))
         for sample in pick_evenly(train, MAX_UNLABELLED)
     ]
-    way_out = "give images of the place where the model will work, or leave them out"
+    way_out = "give images of the place where the model will work, or omit them"
     correlation, usual = (float(np.median([each for _, each in part])) for part in (found, known))
     if correlation < MIN_CORRELATION_SHARE * usual:
         raise DataError(
@@ -139,8 +138,8 @@ def read_colours(
     )
     if flat > 0.5 > usually_flat:
         raise DataError(
-            f"most images in {os.fspath(folder)} show nothing: at least half of their pixels have "
-            f"the same value; {way_out}"
+            f"most images in {os.fspath(folder)} are blank: at least half of their pixels have the "
+            f"same value; {way_out}"
         )
     return np.stack([colours for colours, _ in found])
 

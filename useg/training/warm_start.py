@@ -114,7 +114,7 @@ class WarmStart:
                 tensor.copy_(trained[name])
 
     def pixel_statistics(self, channels: int) -> tuple[list[float], list[float]]:
-        """Return mean and deviation of each band; other bands than the model's get their mean."""
+        """Return mean and deviation of each band; their averages for another number of bands."""
         mean, std = (part.flatten().tolist() for part in (self.model.mean, self.model.std))
         if channels == len(mean):
             return mean, std
@@ -198,7 +198,7 @@ def read_start(plan: Plan, dataset: Dataset) -> WarmStart:
     Raises:
         ModelError: The model is missing or damaged.
         SettingsError: It does not fit the network, or ``model.start_map`` has an unknown class.
-        DataError: The images have another number type than the model takes.
+        DataError: The number type of the images is not that of the model.
     """
     settings = plan.settings
     assert settings.model.start
@@ -278,7 +278,7 @@ def _describe_working_size(working: WorkingSize) -> str:
 
 
 def _describe_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
-    """Say where the run works at another size than the model, or distorts the images."""
+    """Say if the working size of the run differs from the model's, or distorts the images."""
     was, now = model.working, plan.working
     if was.standardize != now.standardize:
         yield (
@@ -329,8 +329,8 @@ def refuse_changed_start(run_toml: Path) -> None:
         return
     if _digest_weights(load_model(Path(start))) != before:
         raise ModelError(
-            f"{start} is not the model that the run of {run_toml} has started from; restore that "
-            "model, or start a new run from another"
+            f"{start} is not the model from which the run of {run_toml} started; restore that "
+            "model, or start a new run"
         )
 
 

@@ -67,7 +67,7 @@ THIN_LINE_WIDTH_PIXELS = 1.0
 UNNAMED = "object"
 
 
-# Cityscapes' labels that are no classes.
+# Cityscapes' labels that are not classes.
 _NO_CLASSES = ("unlabeled", "ego vehicle", "rectification border", "out of roi", "license plate")
 
 

@@ -327,7 +327,7 @@ def begins_like_yolo(path: Path) -> bool:
 def read_yolo(
     pairs: Sequence[tuple[Path, Path]], name_files: Iterable[Path], reading: Reading
 ) -> Annotations:
-    """Read YOLO's outlines; lines that are no outlines are skipped.
+    """Read YOLO's outlines; other lines are skipped.
 
     Args:
         pairs: Images and their text files, which need not exist.

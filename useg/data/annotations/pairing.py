@@ -180,7 +180,7 @@ def find_described(root: Path, masks: Sequence[Path]) -> DetectedLayout | None:
 def pair_annotated(
     root: Path, images: Sequence[Path], files: Sequence[Path]
 ) -> DetectedLayout | None:
-    """Pair these images with these annotation files; files that are none are skipped.
+    """Pair these images with these annotation files; other files are skipped.
 
     Raises:
         DataError: As :func:`find_annotated`.
@@ -215,7 +215,7 @@ def _pair_files(reading: Reading, files: Sequence[Path]) -> DetectedLayout | Non
 def _refuse_crossed(
     reading: Reading, located: Sequence[tuple[Path | None, AnnotatedImage]]
 ) -> None:
-    """Refuse a file that names another image than the one beside it that has the file's name."""
+    """Refuse a file that names an image, but lies beside another one that has the file's name."""
     beside = {path.with_suffix(""): path for path in reading.images}
     for image, entry in located:
         own = beside.get(entry.file.with_suffix(""))

@@ -241,7 +241,7 @@ def _labels(value: Mapping[str, Any]) -> list[Any]:
 
 
 def _read_region(region: Mapping[str, Any], entry: AnnotatedImage, reading: Reading) -> list[Shape]:
-    """Read a region: no shape for one that only repeats another's labels, or is no drawing."""
+    """Read a region: no shape for one that only repeats another's labels, or is not a drawing."""
     value, source = region["value"], f"'{entry.file}' ({entry.image})"
     kind = next((kind for kind, keys in _KINDS.items() if keys <= value.keys()), "")
     if not kind or str(region.get("type", "")) == "labels":

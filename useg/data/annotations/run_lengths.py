@@ -188,7 +188,7 @@ def _find_run_columns(rows: Sequence[list[str]]) -> _RunColumns | None:
 def _choose_columns_of_runs(
     header: Sequence[str], cells: Mapping[int, Sequence[str]]
 ) -> Sequence[int]:
-    """Return the columns of run lengths: those called so, or all if they are called like classes.
+    """Return the columns of run lengths: those with that name, or all if named after classes.
 
     Args:
         header: The names of the columns.
@@ -352,7 +352,7 @@ def _parse_runs(text: str, entry: AnnotatedImage, reading: Reading) -> NDArray[n
     """Return the starts and the lengths of runs in turn, as they are written.
 
     Raises:
-        DataError: They are no runs, or more than the image has pixels.
+        DataError: They are not runs, or cover more pixels than the image has.
     """
     if not _RUNS.fullmatch(text):
         raise DataError(
