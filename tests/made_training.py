@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from useg.classes import ClassTable
@@ -177,3 +179,13 @@ def train_shapes(
 
 def notice_kinds(run: loop.Run) -> set[str]:
     return {notice.kind for notice in run.notices}
+
+
+@contextmanager
+def restored_threads() -> Iterator[None]:
+    """Give PyTorch its number of threads back after a block."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_training import restored_threads
 from waiting import eventually
 
 import useg
 from useg import machine
 from useg.data.cache_folder import compute_decoder_version
 from useg.machine import in_parallel, prefetch
-from useg.training.threads import restored_threads
 
 TUNE = """
 import os

@@ -60,7 +60,6 @@ from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, run_folder, str
 from useg.training.loop import Run, fit
 from useg.training.plan import time_limit
 from useg.training.plan_rules import choose_checked, choose_images
-from useg.training.threads import restored_threads
 from useg.training.trainer import Progress, SilentProgress
 from useg.training.warm_start import adopt_settings, refuse_changed_start
 from useg.visualization import add_legend, paint_label, side_by_side
@@ -95,18 +94,19 @@ DEMO_SETTINGS = {
 
 
 @contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Give the caller's random numbers of Python, NumPy and PyTorch their state back."""
-    python, numpy_state = random.getstate(), np.random.get_state()
+def _kept_state() -> Iterator[None]:
+    """Restore the caller's random state of Python, NumPy and PyTorch, and number of threads."""
+    python, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)
+            torch.set_num_threads(threads)
 
 
-@_kept_random_state()
+@_kept_state()
 def train(
     data: str | Path | Dataset,
     out: str | Path,
@@ -311,7 +311,7 @@ def _train_and_report(
     resume: bool = False,
 ) -> Run:
     """Train, in all processes that torchrun has started; then calibrate, score and report."""
-    with run_folder(out, locked=True), restored_threads():
+    with run_folder(out, locked=True):
         with distributed.process_group():
             if not resume:
                 dataset, settings = _leave_out_images(dataset, settings, progress)

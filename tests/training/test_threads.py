@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from made_training import StopAfter, make_disc_dataset, quick_settings, read_scores
+from made_training import (
+    StopAfter,
+    make_disc_dataset,
+    quick_settings,
+    read_scores,
+    restored_threads,
+)
 from torch import Tensor
 
 from useg.config import read_settings
 from useg.training import loop, threads
-from useg.training.threads import OtherPrograms, ThreadControl, fitting_threads, restored_threads
+from useg.training.threads import OtherPrograms, ThreadControl, fitting_threads
 from useg.training.trainer import Trainer
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from useg import distributed
-from useg.config import Settings, write_settings
+from useg.config import Settings, TrainSettings, write_settings
 from useg.data.dataset import Dataset
 from useg.data.split_files import write_split_csv
 from useg.errors import need
@@ -108,9 +108,7 @@ def fit(
         _make_deterministic()
     for note in dataset.notes:
         progress.say(note)
-    threads = ThreadControl(settings.train.thread_changes)
-    if not resume and time_limit(settings.train) is not None and threads.begin():
-        progress.say(threads.describe())
+    threads = _control_threads(settings.train, progress, resume=resume)
     plan = make_plan(settings, dataset)
     start = read_start(plan, dataset) if plan.settings.model.start else None
     for line in (*plan.explain(), *(start.notes if start else ())):
@@ -119,7 +117,8 @@ def fit(
     provenance = _describe_origin(dataset, plan, start)
     budget = None
     if not resume:
-        trainer.settings = trainer.settings.with_({"train.thread_changes": threads.changes})
+        changes = threads.changes if threads else ()
+        trainer.settings = trainer.settings.with_({"train.thread_changes": changes})
         has_report = predict_report_seconds is not None
         budget = _start_run(trainer, began, progress, has_report=has_report)
         if distributed.process_rank() == 0:
@@ -148,7 +147,8 @@ def fit(
 def _loop(session: TrainingSession) -> bool:
     """Train until the last step or an interruption; return whether it was interrupted."""
     stopwatch = session.stopwatch
-    session.threads.restart()
+    if session.threads:
+        session.threads.restart()
     with interruptible() as stop, session.recorder:
         stopwatch.start()
         previous: TakenStep | None = None
@@ -164,6 +164,19 @@ def _loop(session: TrainingSession) -> bool:
                 return True
             stopwatch.start_step(is_overlapped=is_overlapped)
     return False
+
+
+def _control_threads(
+    train: TrainSettings, progress: Progress, *, resume: bool
+) -> ThreadControl | None:
+    """Choose the number of threads of a run with a time limit, or repeat that of an earlier run."""
+    is_timed = not resume and time_limit(train) is not None
+    if not is_timed and not train.thread_changes:
+        return None
+    threads = ThreadControl(train.thread_changes)
+    if is_timed and threads.begin():
+        progress.say(threads.describe())
+    return threads
 
 
 def _make_deterministic() -> None:

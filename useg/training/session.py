@@ -135,7 +135,7 @@ class TrainingSession:
         dataset: The data set, for the provenance of the model.
         out: The run folder.
         progress: Receives what happens.
-        threads: Decides on the number of threads.
+        threads: Decides on the number of threads; None if it never changes.
         provenance: What ``run.toml`` says about the run besides its settings.
         budget: The time of a new run that has a limit.
         unlabelled: The images without masks, if any.
@@ -146,7 +146,7 @@ class TrainingSession:
     dataset: Dataset
     out: Path
     progress: Progress
-    threads: ThreadControl
+    threads: ThreadControl | None
     provenance: Mapping[str, Any]
     budget: TimeBudget | None = None
     unlabelled: Unlabelled | None = None
@@ -204,7 +204,8 @@ class TrainingSession:
 
     def take_step(self, x: Tensor, target: Tensor) -> TakenStep:
         """Start the next training step; a GPU may still compute it when this returns."""
-        self.threads.apply_changes_until(self.num_taken)
+        if self.threads:
+            self.threads.apply_changes_until(self.num_taken)
         self.num_taken += 1
         # That of the first group: without the factor of the encoder.
         learning_rate = float(self.scheduler.get_last_lr()[0])
@@ -265,7 +266,7 @@ class TrainingSession:
             _compare_colours(self, self.unlabelled, row)
         if self.budget and self.budget.recount(step, self.schedule):
             self.store_recount(step)
-        if self.budget and self.threads.adapt(step):
+        if self.budget and self.threads and self.threads.adapt(step):
             self.progress.say(self.threads.describe())
             self.set_and_store({"train.thread_changes": self.threads.changes})
 

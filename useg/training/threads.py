@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -146,13 +144,3 @@ class ThreadControl:
         self.changes = (*self.changes, (step, fitting))
         self.apply_changes_until(step)
         return True
-
-
-@contextmanager
-def restored_threads() -> Iterator[None]:
-    """Give PyTorch its number of threads back after a block."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
