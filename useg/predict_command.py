@@ -371,9 +371,9 @@ def _label_videos(
             "flicker": result.flicker,
             "written": written,
         }
-        speed = result.frames / result.seconds
         line = (
-            f"{' and '.join(written)}: {result.frames} frames at {speed:.1f} frames/s, "
+            f"{' and '.join(written)}: {result.frames} frames at "
+            f"{result.frames_per_second:.1f} frames/s, "
             f"flicker {100 * result.flicker:.2f} %; sound is not copied"
         )
         results.append((entry, line))

@@ -377,7 +377,7 @@ def test_a_size_above_the_limit_is_refused(tmp_path):
     )
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb")
     with pytest.raises(UsageError, match="declares 7x5 pixels of 3 bytes, but at most 34 pixels"):
-        image_files.read_image(tmp_path / "a.tif", max_pixels=34)
+        image_files.decode_image((tmp_path / "a.tif").read_bytes(), max_pixels=34)
     with pytest.raises(
         UsageError, match="declares 2x2 pixels of 136 bytes, but at most 4 pixels of 16 bytes"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from made_inference import UTM, small_label_maps
 from scipy import ndimage
 
 from useg.classes import IGNORE, ClassTable
+from useg.data.annotations.rasterize import draw_shapes
+from useg.data.annotations.shapes import Drawing, Shape, pack_outline
 from useg.images.tiff import GeoReference
-from useg.inference.polygons import count_corners, polygons_to_label, to_geojson, to_polygons
+from useg.inference.polygons import Polygon, count_corners, to_geojson, to_polygons
 from useg.scoring.metrics import regions
 
 TABLE = ClassTable(("sky", "road", "car"))
@@ -20,6 +23,18 @@ TABLE = ClassTable(("sky", "road", "car"))
 NESTED = (
     np.minimum(*(np.minimum(part, 8 - part) for part in np.indices((9, 9)))).astype(np.uint8) % 3
 )
+
+
+def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> np.ndarray:
+    """Draw each polygon as one outline that goes to every hole, around it and back the same way."""
+    shapes = []
+    for polygon in polygons:
+        closed = [np.concatenate([ring, ring[:1]]) for ring in polygon.rings]
+        start = closed[0][:1]
+        outline = np.concatenate([part for ring in closed for part in (ring, start)])
+        shapes.append(Shape(str(polygon.value), (pack_outline(outline, "a polygon"),)))
+    table = ClassTable(tuple(str(value) for value in range(IGNORE)))
+    return draw_shapes(Drawing(tuple(shapes), size), size, table, "a polygon")
 
 
 def area(ring: np.ndarray) -> float:

@@ -154,14 +154,10 @@ def test_every_frame_keeps_its_time(
     assert seconds(made.masks) == expected
 
 
-def test_overlay_or_mask_video_alone(predictor: Predictor, tmp_path: Path) -> None:
+def test_a_mask_video_alone(predictor: Predictor, tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", pictures(2))
-    assert label_video(predictor, path, tmp_path / "one", masks=False).masks is None
-    assert label_video(predictor, path, tmp_path / "two", overlays=False).overlay is None
-    assert [each.name for folder in ("one", "two") for each in (tmp_path / folder).iterdir()] == [
-        "a_overlay.mp4",
-        "a_mask.mp4",
-    ]
+    assert label_video(predictor, path, tmp_path / "out", overlays=False).overlay is None
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["a_mask.mp4"]
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
@@ -381,19 +377,12 @@ def test_missing_files_sound_only_and_too_large_frames_are_refused(
         label_video(predictor, path, tmp_path)
 
 
-def test_impossible_smoothing_and_no_output_are_refused(
-    predictor: Predictor, tmp_path: Path
-) -> None:
+def test_impossible_smoothing_is_refused(predictor: Predictor, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError,
         match="share of the previous frames to blend in, is 1, but it must be at least 0 and less",
     ):
         label_video(predictor, tmp_path / "a.mp4", tmp_path, smooth=1)
-    with pytest.raises(
-        UsageError,
-        match="neither overlays nor masks are requested; request one of them",
-    ):
-        label_video(predictor, tmp_path / "a.mp4", tmp_path, overlays=False, masks=False)
 
 
 def test_without_av_the_install_line_is_given(

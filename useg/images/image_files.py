@@ -153,7 +153,7 @@ def list_image_files(folder: Path) -> list[Path]:
     return list_files(folder, IMAGE_SUFFIXES)
 
 
-def read_image(path: Path, max_pixels: int | None = None, page: int | None = None) -> Image:
+def read_image(path: Path, page: int | None = None) -> Image:
     """Read an image: ``(H, W, C)`` uint8, uint16 or float32, upright as its EXIF tag says.
 
     Grey stays one band, a palette becomes RGB, 1-bit becomes 0/255, 8-bit CMYK becomes RGB, and
@@ -165,18 +165,16 @@ def read_image(path: Path, max_pixels: int | None = None, page: int | None = Non
     Args:
         path: PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, PGM, JPEG 2000, AVIF, HEIC, DICOM or .npy; the
             content decides, not the suffix.
-        max_pixels: larger images are refused before they are decoded, also those with more than 16
-            bytes for each of these pixels. None: the environment variable USEG_MAX_PIXELS, or 300
-            million.
         page: page of a stack, from 0 (:mod:`useg.images.stacks`); None for a file of one image;
             ALL_PAGES: the pages of a TIFF are the bands of one image.
 
     Raises:
-        DataError: the file is missing, not an image, damaged or too large; it is a stack and
-            ``page`` is missing, or there is no such page.
+        DataError: the file is missing, not an image or damaged, or has more pixels than
+            ``USEG_MAX_PIXELS`` allows (300 million by default) or more than 16 bytes for each; it
+            is a stack and ``page`` is missing, or there is no such page.
     """
     with open_image_file(Path(path)) as file:
-        return as_image(decode(file, max_pixels, page))
+        return as_image(decode(file, None, page))
 
 
 def read_image_and_missing(
@@ -259,7 +257,7 @@ def decode_coverage(content: bytes, name: str = "the mask") -> NDArray[np.bool_]
         return np.asarray(covered, bool)
 
 
-def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None) -> NDArray[Any]:
+def read_mask(path: Path, page: int | None = None) -> NDArray[Any]:
     """Read what a mask stores: integers ``(H, W)``, or ``(H, W, 3)`` uint8 if its bands differ.
 
     A palette file gives its indices, never grey levels. 1-bit gives 0/1; 2- and 4-bit grey give 0-3
@@ -271,7 +269,7 @@ def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None
         DataError: as for :func:`read_image`; also 2 or more than 3 bands, or fractions.
     """
     with open_image_file(Path(path)) as file:
-        return _as_mask(_without_alpha(decode(file, max_pixels, page)), path)
+        return _as_mask(_without_alpha(decode(file, None, page)), path)
 
 
 def read_mask_and_alpha(
@@ -287,9 +285,7 @@ def read_mask_and_alpha(
         return _as_mask(_without_alpha(stored), path), stored.alpha
 
 
-def read_colors(
-    path: Path, max_pixels: int | None = None, page: int | None = None
-) -> NDArray[np.uint8]:
+def read_colors(path: Path, page: int | None = None) -> NDArray[np.uint8]:
     """Read a mask that stores colours: ``(H, W, 3)`` uint8.
 
     Palette indices become their colours; grey becomes three equal bands.
@@ -298,7 +294,7 @@ def read_colors(
         DataError: as for :func:`read_image`; also other than 1 or 3 bands of 8 bits.
     """
     with open_image_file(Path(path)) as file:
-        image = as_image(_without_alpha(decode(file, max_pixels, page)))
+        image = as_image(_without_alpha(decode(file, None, page)))
         if image.shape[2] not in (1, 3):
             raise DataError(f"mask '{path}' has {image.shape[2]} bands; colours need three")
         return _eight_bit(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image, path)

@@ -129,25 +129,6 @@ def _outline_regions(
             yield int(id_of[k]), int(sizes[k]), tuple(found)
 
 
-def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Label:
-    """Draw polygons on a label map of ``size`` (width, height): the inverse of :func:`to_polygons`.
-
-    The rest is ``IGNORE``. :mod:`useg.data.annotations.rasterize` draws each polygon as one outline
-    that goes to every hole, around it and back the same way.
-    """
-    from useg.data.annotations.rasterize import draw_shapes
-    from useg.data.annotations.shapes import Drawing, Shape, pack_outline
-
-    shapes = []
-    for polygon in polygons:
-        closed = [np.concatenate([ring, ring[:1]]) for ring in polygon.rings]
-        start = closed[0][:1]
-        outline = np.concatenate([part for ring in closed for part in (ring, start)])
-        shapes.append(Shape(str(polygon.value), (pack_outline(outline, "a polygon"),)))
-    table = ClassTable(tuple(str(value) for value in range(IGNORE)))
-    return draw_shapes(Drawing(tuple(shapes), size), size, table, "a polygon")
-
-
 def to_geojson(
     polygons: Iterable[Polygon], table: ClassTable, place: GeoReference | None = None
 ) -> dict[str, Any]:

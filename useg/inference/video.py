@@ -97,15 +97,14 @@ class LabelledVideo:
         seconds: Duration of the whole call.
         flicker: Share (0 to 1) of the still pixels that change their class between two frames.
         overlay: The overlays as a video that browsers play (VP9), if they were requested.
-        masks: The label maps as a lossless video (FFV1) whose grey values are class ids, if they
-            were requested.
+        masks: The label maps as a lossless video (FFV1) whose grey values are class ids.
     """
 
     frames: int
     seconds: float
     flicker: float
     overlay: Path | None
-    masks: Path | None
+    masks: Path
 
     @property
     def frames_per_second(self) -> float:
@@ -174,13 +173,12 @@ def label_video(
     out: Path,
     *,
     overlays: bool = True,
-    masks: bool = True,
     smooth: float = 0.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelledVideo:
     """Label every frame of a video with a loaded model.
 
-    Writes ``OUT/STEM_overlay.mp4`` and ``OUT/STEM_mask.mp4``, each whole or not at all. Both have
+    Writes ``OUT/STEM_mask.mp4`` and ``OUT/STEM_overlay.mp4``, each whole or not at all. Both have
     every frame of the video at exactly its time, whether the frame rate is constant or not, the
     right way up. Sound is not copied.
 
@@ -189,7 +187,6 @@ def label_video(
         path: The video, in any format that FFmpeg decodes.
         out: Folder to write into; created if missing.
         overlays: Write the overlay video.
-        masks: Write the mask video.
         smooth: Less flicker: share of the previous frames to blend in, 0 to below 1; see
             :func:`label_frames`.
         progress: Called with (frames done, frames in all as the file declares).
@@ -197,7 +194,7 @@ def label_video(
     Raises:
         DataError: There is no such file, or it is not a video, damaged or truncated, or its frames
             have several sizes or are too large.
-        SettingsError: ``smooth`` is out of range, or no output is requested.
+        SettingsError: ``smooth`` is out of range.
         MissingPackageError: The package ``av`` is missing.
     """
     if not 0 <= smooth < 1:
@@ -205,10 +202,8 @@ def label_video(
             f"smooth, the share of the previous frames to blend in, is {smooth}, "
             f"but it must be at least 0 and less than 1; 0.5 is a good start"
         )
-    if not (overlays or masks):
-        raise SettingsError("neither overlays nor masks are requested; request one of them")
     began = time.perf_counter()
-    names = [name for name, wanted in {"overlay": overlays, "mask": masks}.items() if wanted]
+    names = [*(["overlay"] if overlays else []), "mask"]
     targets = {name: video_target(out, path, name) for name in names}
     refuse_foreign_files((target, is_own_video) for target in targets.values())
     num_frames = num_still = num_flickering = 0
@@ -236,7 +231,7 @@ def label_video(
         time.perf_counter() - began,
         num_flickering / max(1, num_still),
         targets.get("overlay"),
-        targets.get("mask"),
+        targets["mask"],
     )
 
 

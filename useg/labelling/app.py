@@ -46,7 +46,6 @@ from useg.serving.middleware import (
     Access,
     Limits,
     Metrics,
-    RequestLog,
     RequestMiddleware,
     error_response,
 )
@@ -100,9 +99,7 @@ class LabelOptions:
 
 
 @contextmanager
-def open_session(
-    options: LabelOptions, log: RequestLog = lambda entry: None
-) -> Iterator[LabelSession]:
+def open_session(options: LabelOptions) -> Iterator[LabelSession]:
     """Open a folder for labelling, and lock it until the block ends.
 
     Raises:
@@ -125,7 +122,7 @@ def open_session(
         if predictor and folder.table is None:
             folder.use_model_classes(predictor.classes)
         rounds = Rounds(folder, predictor, only_done=options.correct)
-        session = LabelSession(folder, rounds, log, prefill=options.correct)
+        session = LabelSession(folder, rounds, prefill=options.correct)
         rounds.start()
         try:
             yield session
@@ -218,7 +215,7 @@ def label_application(session: LabelSession, token: str, port: int) -> RequestMi
     return RequestMiddleware(
         app,
         Metrics(),
-        session.log,
+        lambda entry: None,
         seconds=REQUEST_SECONDS,
         access=Access(token, cookie=cookie),
         draining=lambda: session.is_shutting_down,

@@ -35,7 +35,6 @@ from useg.labelling.mask_files import encode_mask
 from useg.labelling.regions import Superpixels, find_superpixels, propose_region, superpixel_at
 from useg.labelling.rounds import ROUND_COMMAND, Rounds, downscale_image
 from useg.parsing import open_file
-from useg.serving.middleware import RequestLog
 from useg.visualization import to_picture
 
 # A browser that has not polled the state for this long is considered closed.
@@ -66,7 +65,6 @@ class LabelSession:
     Args:
         folder: The images and masks.
         rounds: The training in rounds.
-        log: Receives one entry per request.
         prefill: Whether the mask of each image starts with the prediction of the model.
     """
 
@@ -74,14 +72,12 @@ class LabelSession:
         self,
         folder: LabelFolder,
         rounds: Rounds,
-        log: RequestLog = lambda entry: None,
         *,
         prefill: bool = False,
     ) -> None:
         self.folder = folder
         self.rounds = rounds
         self.training = FinalTraining(folder, rounds)
-        self.log = log
         self.prefill = prefill
         self.is_shutting_down = False
         self._editor = ""
