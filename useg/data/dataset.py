@@ -388,7 +388,7 @@ def _number_objects(mask: NDArray[Any]) -> NDArray[Any]:
 
 
 def read_objects(pair: Pair, dataset: Dataset) -> NDArray[np.int32]:
-    """Read which object each pixel belongs to: ``(H, W)``, 0 for none.
+    """Read which object each pixel belongs to: ``(H, W)`` int32, numbers from 1, 0 for none.
 
     The masks number their objects (``dataset.encoding.objects``), or there is one mask for each
     (:class:`Instances`), or each drawn shape is one. In other data sets, they are the connected
@@ -507,10 +507,11 @@ def _colors_to_values(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArra
 
 
 def read_sample(pair: Pair, dataset: Dataset) -> Sample:
-    """Read a pair: image ``(H, W, C)`` and label ``(H, W)`` of one size.
+    """Read a pair.
 
-    The label is ignored where the image has no data
-    (:func:`useg.images.image_files.read_image_and_missing`).
+    Returns:
+        The image ``(H, W, C)`` uint8, uint16 or float32 as stored, and the label ``(H, W)`` uint8:
+        class ids, and 255 where pixels are ignored or the image has no data.
 
     Raises:
         DataError: As :func:`read_label`; also if image and mask differ in size.

@@ -483,7 +483,10 @@ def open_dataset(data: str | Path, settings: Settings | None = None) -> Dataset:
 
     Args:
         data: The folder or file.
-        settings: Settings, of which ``data.*`` count.
+        settings: Settings; only ``data.*`` matter.
+
+    Returns:
+        The data set; each pair's ``split`` is ``train``, ``val``, ``test`` or ``gap`` (unused).
 
     Raises:
         DataError: There is no such folder, it has no pairs, or too few to hold some out.

@@ -126,9 +126,12 @@ def _chunk(name: bytes, content: bytes | bytearray) -> bytes:
 
 @dataclass(frozen=True)
 class Sample:
-    """An ``image`` ``(H, W, C)`` and its ``label`` ``(H, W)`` of uint8 class ids; 255 = ignore.
+    """An image and its label.
 
-    ``missing`` says where the image has no data ``(H, W)``; None if it has data everywhere.
+    Args:
+        image: ``(H, W, C)`` uint8, uint16 or float32, as stored.
+        label: ``(H, W)`` uint8: class ids; 255 is ignored.
+        missing: ``(H, W)``: where the image has no data; None if it has data everywhere.
     """
 
     image: Image

@@ -69,9 +69,10 @@ class Adaptation:
     """The result of an adaptation.
 
     Args:
-        share: Share of the new statistics; 0 for the unchanged model.
-        agreement: For each share that was tried, the share of pixels on which the views agree.
-        variety: For each share, the entropy of the predicted classes' shares.
+        share: Share of the new statistics, 0 to 1; 0 for the unchanged model.
+        agreement: For each share that was tried, the share of pixels on which the predictions for
+            augmented views agree, 0 to 1.
+        variety: For each share, the entropy of the predicted classes' shares, in nats.
         num_pictures: Images whose statistics were computed.
         reason: Why this share, in a sentence.
     """
@@ -102,7 +103,9 @@ def adapt(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Adaptation:
-    """Adapt the batch statistics of a model to images without masks.
+    """Adapt the batch normalisation statistics of a model to images without masks.
+
+    Source: Schneider and others (2020), section 3.
 
     Args:
         model: A run folder or a ``model.safetensors``.
@@ -110,6 +113,9 @@ def adapt(
         out: Folder for the new ``model.safetensors``. If no share is better, the unchanged model is
             written there.
         progress: Called with (shares tried, shares in all).
+
+    Returns:
+        The share of the new statistics that was mixed in, and why.
 
     Raises:
         ModelError: There is no such model, or it has no batch normalisation.

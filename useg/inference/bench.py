@@ -142,6 +142,9 @@ def bench(
             network may be a little larger.
         say: Called with a message before each measurement.
 
+    Returns:
+        The speed of each runtime, in images per second, and why the others cannot compute it.
+
     Raises:
         UsageError: There is no such model.
     """

@@ -157,9 +157,28 @@ def predict_video(
 ) -> LabelledVideo:
     """Label every frame of a video.
 
-    Writes ``out/STEM_overlay.mp4`` for people and ``out/STEM_mask.mp4`` with the exact class ids.
-    Arguments and errors are those of :func:`useg.inference.video.label_video` and
-    :func:`useg.load`.
+    Writes ``out/STEM_mask.mp4``, a lossless video whose grey values are class ids, and
+    ``out/STEM_overlay.mp4`` for viewing.
+
+    Args:
+        model: A run folder, a model file, or a loaded predictor.
+        path: The video, in any format that FFmpeg decodes.
+        out: Folder to write into; created if missing.
+        overlays: Whether to write the overlay video.
+        smooth: Reduces flicker: share of the previous frames to blend in, 0 to below 1.
+        runtime: What computes the model, as for :func:`useg.load`.
+        augment: Test-time augmentation, as for :func:`useg.load`.
+        progress: Called with (frames done, frames in all as the file declares).
+
+    Returns:
+        The files, the number of frames, and how much the labels flicker.
+
+    Raises:
+        DataError: There is no such file, it is not a video, it is damaged or truncated, or its
+            frames have several sizes or are too large.
+        SettingsError: ``smooth`` is out of range.
+        MissingPackageError: The package ``av`` is missing.
+        UsageError: As for :func:`useg.load`.
     """
     predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
     return label_video(

@@ -308,6 +308,9 @@ def describe(model: nn.Module, size: tuple[int, int]) -> Description:
         model: any network of useg; it is not changed.
         size: (width, height) of the image in pixels.
 
+    Returns:
+        The layers in the order in which they are called; ``str()`` of it is a table.
+
     Raises:
         DataError: the network does not take this size.
 

@@ -152,7 +152,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same images; ``difference`` is positive where the first is better."""
+    """Two models on the same images.
+
+    Args:
+        first: the evaluation of the first model.
+        second: that of the second.
+        difference: of their scores; positive where the first is better.
+    """
 
     first: Evaluation
     second: Evaluation

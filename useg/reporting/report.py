@@ -78,9 +78,12 @@ def evaluate(
         augment: test-time augmentation, as for :func:`load`.
         progress: called with (images done, images in all).
 
+    Returns:
+        The scores, from 0 to 1, with 95 % intervals, and likely causes of weak classes.
+
     Raises:
-        UsageError: no model, no such split, unreadable data, other classes than the model's, or
-            extras that do not fit.
+        UsageError: no model, no such split, unreadable data, classes that do not match the
+            model's, or extras that do not fit.
     """
     predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
     dataset = open_evaluation_data(predictor, data, settings, split=split, class_map=class_map)
@@ -134,6 +137,12 @@ def compare(
 
     The images are split as in the training of ``model``. Arguments and errors are those of
     :func:`evaluate`.
+
+    Args:
+        against: the second model.
+
+    Returns:
+        Both evaluations, and the difference of their scores with its 95 % interval.
 
     Raises:
         UsageError: also if ``against`` was trained with a different split, because it may have

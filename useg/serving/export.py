@@ -91,6 +91,9 @@ def export(
         settings: dotted ``data.*`` settings that split the data set; by default as in training.
         say: called with each progress message.
 
+    Returns:
+        The files, and how far the exported model differs from PyTorch in fp32.
+
     Raises:
         UsageError: there is no such model, the target cannot be written, a package is missing, or
             the result differs too much from the model.
