@@ -47,6 +47,10 @@ FILES_OF_IDS = {
     + "".join(f"{k} {name} {r} {g} {b} 255\n" for k, (name, (r, g, b), _) in enumerate(ROWS)),
     "mapping.csv": "class_name,label_key,has_instance,hex\n"
     + "".join(f"{name},{k},0,{color}\n" for k, (name, _, color) in enumerate(ROWS)),
+    # The facades of CMP.
+    "label_names.txt": "   label    zorder    labelname\n"
+    + "".join(f"       {k}       {k // 2}    {name}\n" for k, name in enumerate(NAMES)),
+    "numbered_keys.json": json.dumps({f"class_{k}": name for k, name in enumerate(NAMES)}),
     "_classes.csv": "Pixel Value, Class\n" + "".join(f"{k}, {n}\n" for k, n in enumerate(NAMES)),
     "codes.txt": "".join(f"{name}\n" for name in NAMES),
     "labels.txt": "".join(f"{k}: {name}\n" for k, name in enumerate(NAMES)),
@@ -117,6 +121,8 @@ FILES_OF_COLORS = {
         {**{n: "rgb({}, {}, {})".format(*c) for n, c, _ in ROWS}, "cat": "rgba(0,0,9,1)"}
     ),
     "hex.json": json.dumps({**{h: n for n, _, h in ROWS}, "#000009": "cat"}),
+    "bare_hex.json": json.dumps({**{n: h[1:] for n, _, h in ROWS}, "cat": "000009"}),
+    "bare_hex.csv": "name,color\n" + "".join(f"{n},{h[1:]}\n" for n, _, h in ROWS) + "cat,000009\n",
     "ids_and_colors.csv": "".join(
         f"{k + 7},{n},{c[0]},{c[1]},{c[2]}\n" for k, (n, c, _) in enumerate(ROWS)
     )

@@ -81,6 +81,8 @@ _CHANNELS = (("r", "red"), ("g", "green"), ("b", "blue"))
 # Numbers in brackets, as in "sky: (120, 170, 230)".
 _IN_BRACKETS = re.compile(r"[(\[{]([\d\s,;.]+)[)\]}]")
 _ID, _IN_NAME = re.compile(r"\d{1,5}"), re.compile(r"[^\d\s,;:|]")
+# {"class_0": "sky"}
+_NUMBERED_KEY = re.compile(r"(?:class|label|category|value|id)[_\- ]?(\d{1,5})", re.IGNORECASE)
 _SHARE = re.compile(r"0?\.\d+|1\.0+|\d(\.\d+)?e-0*[1-9]\d*")
 # Of a row in the tables of 3D Slicer and FreeSurfer (id, colour, alpha), and of ITK-SNAP, which
 # adds two columns and may give alpha as a fraction.
@@ -243,6 +245,10 @@ def _read_rows(rows: Sequence[Sequence[str]]) -> list[NamedClass]:
     """Read the rows of a table, with a header or without; none if a row names no class."""
     if not rows:
         return []
+    words = rows[0][0].split() if len(rows[0]) == 1 < len(rows) else []
+    if len(words) == len(rows[-1]):
+        # Spaces separate the columns, and so the names in the header.
+        rows = [words, *rows[1:]]
     header = {field.casefold(): k for k, field in enumerate(rows[0])}
     if header.keys() & {*_NAME_KEYS} and not _has_number(rows[0]):
         return [each for row in rows[1:] for each in _class_of_row(row, header)]
@@ -301,15 +307,20 @@ def _class_of_row(row: Sequence[str], header: Mapping[str, int]) -> Iterator[Nam
     def field(*keys: str) -> str:
         return next((row[header[key]] for key in keys if header.get(key, len(row)) < len(row)), "")
 
-    name = field(*_NAME_KEYS)
+    texts = [text for key in _NAME_KEYS if (text := field(key)) and _to_int(text) is None]
+    numbers = [
+        number
+        for key in (*_ID_KEYS, "label", "class")
+        if (number := _to_int(field(key))) is not None
+    ]
     parts = [_to_int(field(*keys)) for keys in _CHANNELS]
     color = _to_color([part for part in parts if part is not None])
-    color = color or _to_color(field(*_COLOR_KEYS))
+    color = color or _to_color(_add_hash(field(*_COLOR_KEYS)))
     if color is None and (place := next((header[k] for k in _COLOR_KEYS if k in header), None)):
         # "255 0 0" in one column was split at its spaces.
         color = _to_color([_to_int(part) for part in row[place : place + 3]])
-    if name and _to_int(name) is None:
-        yield NamedClass(name, _to_int(field(*_ID_KEYS)), color)
+    if texts:
+        yield NamedClass(texts[0], numbers[0] if numbers else None, color)
 
 
 def _class_without_header(row: Sequence[str]) -> Iterator[NamedClass]:
@@ -366,6 +377,12 @@ def _to_color(value: Any) -> Color | None:
     return r, g, b
 
 
+def _add_hash(value: Any) -> Any:
+    """Write six hexadecimal digits as a colour: ``3C1098`` -> ``#3C1098``; return others as is."""
+    is_bare = isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{6}", value.strip())
+    return f"#{value.strip()}" if is_bare else value
+
+
 # Nested content
 
 
@@ -415,7 +432,8 @@ def _class_of_dict(node: Mapping[Any, Any], name: str = "") -> NamedClass | None
     # A label may be a number beside a name.
     keys = (*_ID_KEYS, *_NAME_KEYS)
     number = next((n for key in keys if (n := _to_int(lowered.get(key))) is not None), None)
-    color = next((c for key in _COLOR_KEYS if (c := _to_color(lowered.get(key)))), None)
+    colors = (_to_color(_add_hash(lowered.get(key))) for key in _COLOR_KEYS)
+    color = next(filter(None, colors), None)
     color = color or _to_color(lowered)
     if not name:
         name, number = _find_other_keys(lowered, number)
@@ -444,8 +462,10 @@ def _classes_of_dict(node: Mapping[Any, Any]) -> list[NamedClass]:
         if isinstance(other, list) and len(other) == 1:
             other = other[0]
         number = _to_int(one)
-        if isinstance(other, str) and number is not None and _to_int(other) is None:
-            return NamedClass(other, number)
+        if isinstance(other, str) and _to_int(other) is None:
+            key = _NUMBERED_KEY.fullmatch(str(one))
+            if key or number is not None:
+                return NamedClass(other, int(key[1]) if key else number)
         if isinstance(other, str) and (color := _to_color(str(one))):
             return NamedClass(other, None, color)
         if isinstance(other, Mapping) and (number is not None or _to_color(str(one))):
@@ -463,6 +483,9 @@ def _classes_of_dict(node: Mapping[Any, Any]) -> list[NamedClass]:
         color = _to_color(other)
         return NamedClass(one, None, color) if color else None
 
+    whole = [_add_hash(value) for value in node.values()]
+    if all(isinstance(value, str) and value.startswith("#") for value in whole):
+        node = dict(zip(node, whole, strict=True))
     return _complete(read(one, other) for one, other in node.items()) if len(node) > 1 else []
 
 
