@@ -16,6 +16,7 @@ from made_data import (
     write_mask,
     write_pixels,
 )
+from made_strangers import save, yard
 
 from useg.classes import CITYSCAPES, IGNORE
 from useg.data import file_names, object_masks, pairing, roles
@@ -151,6 +152,17 @@ def test_one_rule_pairs_the_defects_of_all_products(tmp_path):
     pairs = find_dataset(tmp_path).pairs
     assert len(pairs) == 16
     assert all(pair.mask.parts[-4] == pair.image.parts[-4] for pair in pairs)
+
+
+def test_words_of_a_name_may_stand_in_another_order(tmp_path):
+    for k in range(4):
+        for seed, eye in ((k, "left"), (k + 20, "right")):
+            pixels, label = yard(seed)
+            save(tmp_path / "images" / f"{k}_{eye}.png", pixels)
+            save(tmp_path / "masks" / f"{eye}_{k}.png", label // 2)
+    pairs = find_dataset(tmp_path).pairs
+    assert len(pairs) == 8
+    assert all(pair.mask.stem.split("_")[::-1] == pair.image.stem.split("_") for pair in pairs)
 
 
 def test_names_that_agree_only_if_two_words_change_places_are_refused(tmp_path):

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS, pick_evenly
 from useg.data.file_names import (
+    IMAGE_WORDS,
+    MASK_WORDS,
     Link,
     learn_links,
     learn_starts,
@@ -189,7 +191,30 @@ def links_to_masks(files: NamedFiles) -> list[Link]:
         found = begun if begun and len({*images}) == len(images) else found
     confirmed = [each for each in found if each.is_confirmed]
     ranked = sorted(confirmed or found, key=lambda each: each.rank)
-    return _leave_out_predictions([each.link for each in ranked], files)
+    return _leave_out_predictions(_leave_out_exchanged([each.link for each in ranked]), files)
+
+
+def _leave_out_exchanged(links: Sequence[Link]) -> list[Link]:
+    """Leave out links that exchange words if others, for the same files, do not.
+
+    If ``a_left`` becomes ``left_a``, and ``a_right`` ``right_a``, no ``a_left`` becomes
+    ``right_a``. Words such as ``image`` and ``mask`` may be exchanged.
+    """
+    plain = [link.partners for link in links if not _exchanges_words(link)]
+    images = {frozenset(partners) for partners in plain}
+    masks = {frozenset(partners.values()) for partners in plain}
+    return [
+        link
+        for link in links
+        if link.partners in plain
+        or frozenset(link.partners) not in images
+        or frozenset(link.partners.values()) not in masks
+    ]
+
+
+def _exchanges_words(link: Link) -> bool:
+    words = [{*filter(str.isalnum, changed)} for changed in link.rule.changes]
+    return bool((words[0] | words[1]) - IMAGE_WORDS - MASK_WORDS)
 
 
 def _is_accident(link: Link, num_files: int) -> bool:
