@@ -154,6 +154,24 @@ def test_one_rule_pairs_the_defects_of_all_products(tmp_path):
     assert all(pair.mask.parts[-4] == pair.image.parts[-4] for pair in pairs)
 
 
+def test_a_folder_of_each_image_repeats_its_name(tmp_path):
+    # Drishti-GS has a folder of soft maps for each image.
+    for k in range(12):
+        pixels, label = yard(k)
+        save(tmp_path / "Training" / "Images" / f"drishtiGS_{k:03}.png", pixels)
+        for name, value in (("OD", 1), ("cup", 2)):
+            folder = tmp_path / "Training" / "GT" / f"drishtiGS_{k:03}" / "SoftMap"
+            mask = np.uint8(255) * (label >= value)
+            save(folder / f"drishtiGS_{k:03}_{name}segSoftmap.png", mask)
+    with pytest.raises(DataError, match="2 sets of masks for the same images") as error:
+        find_dataset(tmp_path)
+    offers = str(error.value).partition("dataset.toml:\n")[2].split("\nor\n")
+    assert len(offers) == 2
+    for offer in offers:
+        (tmp_path / "dataset.toml").write_text(offer)
+        assert len(find_dataset(tmp_path).pairs) == 12
+
+
 def test_words_of_a_name_may_stand_in_another_order(tmp_path):
     for k in range(4):
         for seed, eye in ((k, "left"), (k + 20, "right")):

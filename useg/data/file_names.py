@@ -340,6 +340,29 @@ def merge_folders(names: Iterable[str]) -> dict[str, str]:
     return short
 
 
+def drop_repeated_folders(names: Iterable[str]) -> dict[str, str]:
+    """Return shorter names without folders that the names of their files begin with.
+
+    >>> drop_repeated_folders(["images/a1", "truth/a1/soft/a1_cup"])
+    {'images/a1': 'images/a1', 'truth/a1/soft/a1_cup': 'truth/soft/a1_cup'}
+    """
+    short = {name: _drop_repeated_folders(name) for name in names}
+    counts = Counter(short.values())
+    return {name: plain if counts[plain] == 1 else name for name, plain in short.items()}
+
+
+def _drop_repeated_folders(name: str) -> str:
+    *folders, stem = name.split("/")
+    kept = [
+        folder
+        for folder in folders
+        if folder in SPLIT_FOLDERS
+        or not stem.startswith(folder)
+        or stem[len(folder) : len(folder) + 1].isalnum()
+    ]
+    return "/".join((*kept, stem))
+
+
 def learn_links(names: Sequence[str], others: Sequence[str] | None = None) -> list[Link]:
     """Find the rules by which names follow from each other, those of most names first.
 

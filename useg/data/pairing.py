@@ -91,6 +91,9 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
     if not pairs:
         folded = [_join_comparable_names(names) for names in (images, masks)]
         pairs = {folded[0][name]: folded[1][name] for name in folded[0] if name in folded[1]}
+    if not pairs:
+        starts = _match_starts(images, masks)
+        pairs = starts if len(starts) == len(images) == len(masks) else {}
     while True:
         rest = [name for name in images if name not in pairs]
         taken = set(pairs.values())

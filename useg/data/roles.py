@@ -7,8 +7,9 @@ pixels do.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,6 +20,7 @@ from useg.data.file_names import (
     IMAGE_WORDS,
     MASK_WORDS,
     Link,
+    drop_repeated_folders,
     learn_links,
     learn_starts,
     merge_folders,
@@ -137,17 +139,29 @@ def _learn_links(files: NamedFiles) -> list[Link]:
     """Learn the links between the names, also without the folders that only images or masks have.
 
     So ``images/P1/a`` and ``images/P2/b`` follow one rule, although the masks are ``masks/a`` and
-    ``masks/b``.
+    ``masks/b``; and so do ``masks/a/a_cup`` and ``masks/b/b_cup`` beside ``images/a`` and
+    ``images/b``.
     """
     links = learn_links(list(files.paths))
-    merged = merge_folders(files.paths)
-    if merged == {name: name for name in merged}:
-        return links
-    whole = {short: name for name, short in merged.items()}
-    for link in learn_links(list(whole)):
-        partners = {whole[one]: whole[other] for one, other in link.partners.items()}
-        links.append(Link(link.rule, partners))
+    for shorten in (merge_folders, drop_repeated_folders):
+        short = shorten(files.paths)
+        whole = {plain: name for name, plain in short.items()}
+        if list(whole) == list(files.paths):
+            continue
+        for link in learn_links(list(whole)):
+            if _takes_most(link, whole):
+                partners = {whole[one]: whole[other] for one, other in link.partners.items()}
+                links.append(Link(link.rule, partners))
     return sorted(links, key=lambda link: -len(link.partners))
+
+
+def _takes_most(link: Link, names: Collection[str]) -> bool:
+    """Whether a link leads to at least half of the names that differ from these by numbers.
+
+    Objects that are numbered for each image are more, and rules fit some of them by accident.
+    """
+    kinds = {re.sub("[0-9]+", "0", other) for other in link.partners.values()}
+    return 2 * len(link.partners) >= sum(re.sub("[0-9]+", "0", name) in kinds for name in names)
 
 
 @dataclass(frozen=True)
