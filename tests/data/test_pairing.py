@@ -16,7 +16,7 @@ from made_data import (
     write_mask,
     write_pixels,
 )
-from made_strangers import save, yard
+from made_strangers import blobs, save, yard
 
 from useg.classes import CITYSCAPES, IGNORE
 from useg.data import file_names, object_masks, pairing, roles
@@ -418,6 +418,30 @@ def test_masks_of_single_objects_are_joined(tmp_path):
         ),
     ):
         read_label(dataset.pairs[0], dataset)
+
+
+def test_masks_of_cells_with_two_classes_are_refused_without_an_offer_of_one_cell(tmp_path):
+    # In SegPC, each plasma cell has a mask of its cytoplasm and its nucleus.
+    for k in range(4):
+        pixels, numbers = blobs(k, 3)
+        save(tmp_path / "x" / f"{k + 100}.png", pixels)
+        for number in (1, 2, 3):
+            nucleus = (numbers == number) & (np.roll(numbers, 1, 0) == number)
+            mask = np.uint8(20) * (numbers == number) + np.uint8(20) * nucleus
+            save(tmp_path / "y" / f"{k + 100}_{number}.png", mask)
+    with pytest.raises(DataError, match="mark different pixels, so save one mask") as error:
+        find_dataset(tmp_path)
+    assert "dataset.toml" not in str(error.value)
+
+
+def test_masks_in_numbered_folders_are_matched_by_the_names_of_their_files():
+    # The masks of CelebAMask-HQ are in folders of 2,000 images each.
+    images = {str(k): Path(f"img/{k}.jpg") for k in range(8)}
+    numbers = [k for k in range(8) if k % 4 != 3]
+    masks = {f"{k // 4}/{k:05}": Path(f"anno/{k // 4}/{k:05}_hair.png") for k in numbers}
+    matched = match_lists(images, masks)
+    assert [image.stem for image, _ in matched.pairs] == list(map(str, numbers))
+    assert [mask.stem for _, mask in matched.pairs] == [f"{k:05}_hair" for k in numbers]
 
 
 def test_one_mask_per_folder_is_an_ordinary_mask(tmp_path):

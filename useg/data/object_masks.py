@@ -31,7 +31,7 @@ from useg.data.file_names import (
 from useg.data.ground_truth import Candidate, OpenChoiceError
 from useg.data.mask_content import is_photograph, is_two_valued, read_points
 from useg.data.official_splits import find_official_splits, generalize_folder
-from useg.errors import format_count
+from useg.errors import DataError, format_count
 from useg.files import natural_key
 
 _NUM_NAMED = 3
@@ -225,10 +225,18 @@ def join_masks(
     for masks in several:
         if not all(map(is_two_valued, masks)):
             listed = ", ".join(f"'{path}'" for path in masks)
-            raise OpenChoiceError(
+            message = (
                 f"one image has several masks ({listed}) with more than two values, so they cannot "
-                "be joined as objects; save one mask for each image, for example their "
-                "numpy.maximum, or choose those that count",
+                "be joined as objects; "
+            )
+            if _are_apart(_read_marked([masks])[0]):
+                raise DataError(
+                    f"{message}they mark different pixels, so save one mask for each image: their "
+                    "numpy.maximum"
+                )
+            raise OpenChoiceError(
+                f"{message}save one mask for each image, for example their numpy.maximum, or "
+                "choose those that count",
                 _group_by_ending(found, _MIN_SERIES),
             )
     _refuse_second_downloads(found)
@@ -248,6 +256,11 @@ def join_masks(
         Pair(image, masks[0], splits[image], truth=Instances(masks))
         for image, masks in found.items()
     ], ClassTable(("background", "foreground"))
+
+
+def _are_apart(marked: Sequence[NDArray[np.bool_]]) -> bool:
+    """Return whether no two masks mark the same pixels, so that none of them is the truth alone."""
+    return len(marked) > 1 and not (np.sum(marked, axis=0) > 1).any()
 
 
 def describe_joined(pairs: Sequence[Pair]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -88,9 +88,10 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
         DataError: Two images have the same mask.
     """
     pairs = {name: name for name in images if name in masks}
-    if not pairs:
-        folded = [_join_comparable_names(names) for names in (images, masks)]
-        pairs = {folded[0][name]: folded[1][name] for name in folded[0] if name in folded[1]}
+    for get_part in (str, _get_last_part):
+        if not pairs:
+            folded = [_join_comparable_names(names, get_part) for names in (images, masks)]
+            pairs = {folded[0][name]: folded[1][name] for name in folded[0] if name in folded[1]}
     if not pairs:
         starts = _match_starts(images, masks)
         pairs = starts if len(starts) == len(images) == len(masks) else {}
@@ -127,10 +128,15 @@ def _match_starts(images: Mapping[str, Path], masks: Mapping[str, Path]) -> dict
     return {stems[0][one]: stems[1][other] for one, other in partners.items()}
 
 
-def _join_comparable_names(names: Iterable[str]) -> dict[str, str]:
-    """Return names by their form without capitals and leading zeros, if that is unique."""
+def _get_last_part(name: str) -> str:
+    """Return a name without folders: images may be in one folder, and masks in numbered ones."""
+    return name.rpartition("/")[2]
+
+
+def _join_comparable_names(names: Iterable[str], get_part: Callable[[str], str]) -> dict[str, str]:
+    """Return names by the form of a part without capitals and leading zeros, if it is unique."""
     listed = list(names)
-    folded = {join_comparable(split_name(name)): name for name in listed}
+    folded = {join_comparable(split_name(get_part(name))): name for name in listed}
     return folded if len(folded) == len(listed) else {}
 
 
