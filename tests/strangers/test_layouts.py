@@ -654,11 +654,11 @@ def test_thumbnails_and_other_pictures_beside_the_set_are_named(tmp_path: Path) 
 def test_images_that_share_more_folders_with_the_masks_are_theirs(tmp_path: Path) -> None:
     for k in range(5):
         write_pair(tmp_path, k, "b/test/broken/{k:03}.png", "b/ground_truth/broken/{k:03}_mask.png")
-        save(tmp_path / "b" / "train" / "good" / f"{k:03}.png", yard(k + 50)[0])
+        save(tmp_path / "b" / "train" / "clean" / f"{k:03}.png", yard(k + 50)[0])
     dataset = find_dataset(tmp_path)
     assert masks_of(dataset)["b/test/broken/000.png"] == "b/ground_truth/broken/000_mask.png"
     assert (
-        "b/train/good/*.png, which are not used because they share fewer folders"
+        "b/train/clean/*.png, which are not used because they share fewer folders"
         in dataset.notes[0]
     )
 
