@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from useg.device import choose_device
-from useg.errors import MachineError
+from useg.errors import MachineError, format_count
 
 Value = TypeVar("Value")
 
@@ -90,8 +90,8 @@ def _take_own_accelerator() -> None:
     number, available = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
     if number >= available:
         raise MachineError(
-            f"this machine has {available} GPU(s), but more processes were started on it; start "
-            "one for each GPU, or train on the device cpu"
+            f"this machine has {format_count(available, 'GPU')}, but more processes were "
+            "started; start one for each GPU, or train on the device cpu"
         )
     torch.accelerator.set_device_index(number)
 

@@ -36,7 +36,7 @@ def test_crop_too_large_for_memory_is_refused(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer, "compute_logits", compute_none)
-    message = r"crop\(s\) of 48x32 pixels need more memory than .*; choose a smaller data.crop"
+    message = r"not enough memory for .* crops? of 48x32 pixels .*; choose a smaller data.crop"
     with pytest.raises(MachineError, match=message):
         train_shapes(make_shapes(tmp_path, 0), 0)
 

@@ -34,7 +34,7 @@ from useg.device import (
     release_memory,
 )
 from useg.distributed import all_reduce_sum, process_rank, world_size
-from useg.errors import DataError, MachineError, SettingsError
+from useg.errors import DataError, MachineError, SettingsError, format_count
 from useg.images.image_files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
@@ -231,9 +231,9 @@ class Trainer:
     def _does_not_fit(self, x: Tensor, error: RuntimeError) -> MachineError:
         num_crops = -(-len(x) // self.num_parts)
         return MachineError(
-            f"{num_crops} crop(s) of {x.shape[3]}x{x.shape[2]} pixels need more memory than there "
-            f"is ({error}); choose a smaller data.crop, data.size or model.width, or a larger "
-            "train.accumulate"
+            f"there is not enough memory for {format_count(num_crops, 'crop')} of "
+            f"{x.shape[3]}x{x.shape[2]} pixels ({error}); choose a smaller data.crop, data.size or "
+            "model.width, or a larger train.accumulate"
         )
 
 
