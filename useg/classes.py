@@ -24,6 +24,9 @@ Label = NDArray[np.uint8]
 
 # The id of pixels that count neither in the loss nor in a score.
 IGNORE = 255
+
+# Class ids are 0 to 254.
+MAX_CLASSES = IGNORE
 # Keys of a class in ``classes.toml``.
 CLASS_KEYS = ("name", "value", "color", "objects")
 # Rows of an image that are processed at a time: they stay in the processor's cache. Fewer would not
@@ -76,8 +79,8 @@ class ClassTable:
     def _find_problems(self) -> Iterator[str]:
         """Say what is wrong: a check may rely on those before it."""
         names, colors, values = len(self.names), len(self.colors), len(self.values)
-        if not 1 <= names <= 255:
-            yield f"has {names} classes, but 1 to 255 are possible"
+        if not 1 <= names <= MAX_CLASSES:
+            yield f"has {names} classes, but 1 to {MAX_CLASSES} are possible"
         if not names == colors == values:
             yield f"has {names} names, {colors} colours and {values} values; each class needs one"
         for name in self.names:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from useg.classes import Color
+from useg.classes import MAX_CLASSES, Color
 from useg.data.annotations.formats import read_xml
 from useg.data.dataset import pick_evenly
 from useg.data.file_names import plain_stem
@@ -41,9 +41,6 @@ NAME_FILE_SUFFIXES = (
 _MAX_BYTES = 1 << 20
 # 255 classes need less. Without libyaml, a megabyte of YAML takes ten seconds; a table takes five.
 _MAX_YAML_BYTES, _MAX_TABLE_BYTES = 1 << 15, 1 << 17
-
-# The most classes that a class table can hold.
-MAX_CLASS_VALUES = 255
 
 # Files of one suffix that are read in a folder. Where there are more, each image has one.
 _MAX_FILES_OF_A_SUFFIX = 8
@@ -494,7 +491,7 @@ def _classes_of_columns(node: Mapping[Any, Any]) -> list[NamedClass]:
     columns = [
         (str(key), value)
         for key, value in node.items()
-        if isinstance(value, list) and 1 < len(value) <= MAX_CLASS_VALUES
+        if isinstance(value, list) and 1 < len(value) <= MAX_CLASSES
     ]
     for key, names in columns:
         if not _IS_LIST_OF_NAMES.search(key) or not all(isinstance(name, str) for name in names):

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from useg.classes import IGNORE, ClassTable, Color, pack_color, spread_colors
+from useg.classes import IGNORE, MAX_CLASSES, ClassTable, Color, pack_color, spread_colors
 from useg.data.class_mapping import TWO_CLASSES, name_color, name_value
 from useg.data.class_names import (
-    MAX_CLASS_VALUES,
     NamedClasses,
     find_class_names,
     find_contradiction,
@@ -309,7 +308,7 @@ def _decide_by_value(
     has_ignored = has_ignored_255(values)
     ids = sorted(values - {IGNORE}) if has_ignored else sorted(values)
     ignored = tuple(dict.fromkeys((*([IGNORE] if has_ignored else ()), *nodata, *ignore)))
-    if len(ids) > MAX_CLASS_VALUES:
+    if len(ids) > MAX_CLASSES:
         table = _table_of_frequent_values(masks)
         return ClassDecision(replace(table, ignore=ignored), describe_too_many(masks, len(ids)))
     ids = ids or [0]
@@ -355,7 +354,7 @@ def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> Cla
     if len(masks) >= _MIN_MASKS_OF_NUMBERS and len(codes) >= _MIN_NUMBERS:
         num_single = sum(count == 1 for count in occurrences.values())
         notes += (_COLORS_MAY_NUMBER,) if 2 * num_single > len(codes) else ()
-    if len(codes) > MAX_CLASS_VALUES:
+    if len(codes) > MAX_CLASSES:
         return ClassDecision(
             replace(_table_of_frequent_values(masks), ignore=tuple(ignore)),
             describe_too_many(masks, len(codes)),
@@ -461,7 +460,7 @@ def name_classes(
     used = set(table.values)
     if 0 in used and 0 not in ids:
         rows.insert(0, ("background", 0, (0, 0, 0)))
-    if len(rows) > MAX_CLASS_VALUES:
+    if len(rows) > MAX_CLASSES:
         rows = [row for row in rows if row[1] in used]
     spread = spread_colors(len(rows))
     colors = [color or spread[k] for k, (_, _, color) in enumerate(rows)]
@@ -482,7 +481,7 @@ def _name_colors(table: ClassTable, named: NamedClasses) -> ClassTable | None:
         return None
     rows = [*(("background", color) for color in missing), *rows]
     codes = {pack_color(color) for _, color in rows}
-    if len(rows) > MAX_CLASS_VALUES:
+    if len(rows) > MAX_CLASSES:
         rows = [row for row in rows if row[1] in table.colors]
     return ClassTable(
         tuple(name for name, _ in rows),

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, ClassTable
-from useg.data.class_names import MAX_CLASS_VALUES
+from useg.classes import IGNORE, MAX_CLASSES, ClassTable
 from useg.data.dataset import COLOR_FLAG, CodeMap
 from useg.data.file_names import split_name
 from useg.data.mask_content import (
@@ -198,7 +197,7 @@ def describe_too_many(masks: Sequence[MaskContent], number: int) -> str:
     worst = max(masks, key=lambda mask: len(mask.codes))
     return (
         f"the masks have {number} different values or colours ('{worst.path}' alone has "
-        f"{len(worst.codes)}), but a model can have {MAX_CLASS_VALUES} classes at most; if they "
+        f"{len(worst.codes)}), but a model can have {MAX_CLASSES} classes at most; if they "
         "number objects, set objects = true in dataset.toml, otherwise list the classes in "
         "classes.toml"
     )
@@ -291,7 +290,7 @@ def _find_levels(mask: MaskContent) -> Iterator[tuple[float, int]]:
     codes = [code for code in mask.codes.tolist() if code >= 0]
     if not mask.has_colors:
         yield from ((code, code) for code in codes)
-    elif len(codes) <= MAX_CLASS_VALUES and codes[0] >= COLOR_FLAG:
+    elif len(codes) <= MAX_CLASSES and codes[0] >= COLOR_FLAG:
         levels = find_displayed_levels([channels_of(code) for code in codes])
         yield from zip(levels, codes, strict=True) if levels else ()
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from useg.classes import ClassTable
+from useg.classes import MAX_CLASSES, ClassTable
 from useg.config import ModelSettings, PixelCount
 from useg.errors import ModelError, UsageError
 from useg.images.formats import pixel_limit
@@ -40,7 +40,7 @@ DESCRIPTION_FORMAT = 3
 MODEL_FILE_FIELDS = ("network", "classes", "working", "pixels", "provenance", "temperature")
 # The description of a model with 255 classes has 100 kB.
 MAX_MODEL_TEXT_BYTES = 1 << 22
-_MAX_CHANNELS, _MAX_CLASSES = 65535, 255
+_MAX_CHANNELS = 65535
 # Outputs in addition to the classes, of a model that separates objects: the logit of the depth.
 OBJECT_CHANNELS = 1
 
@@ -377,7 +377,7 @@ def _checked(text: str, schema: type[_ModelFile], source: str, newest: int) -> _
         )
     checked = _validate(schema, content, source)
     network = dict(checked.network)
-    for key, most in (("channels", _MAX_CHANNELS), ("classes", _MAX_CLASSES)):
+    for key, most in (("channels", _MAX_CHANNELS), ("classes", MAX_CLASSES)):
         count = network.pop(key, None)
         if type(count) is not int or not 1 <= count <= most:
             raise unusable(source, f"network.{key} = {shorten(count)} is not from 1 to {most}")

@@ -153,7 +153,7 @@ RUN_ROWS = "".join(f"p0.jpg,class {k},{12 * k + 1} 1 {12 * k + 4} 2\n" for k in 
     [
         ("_MAX_ROWS", "has more than 4 rows of run lengths; remove"),
         ("_MAX_ROWS_OF_AN_IMAGE", "has more than 4 rows of run lengths of 'p0.jpg'"),
-        ("MAX_CLASSES", "has more than 4 classes"),
+        ("MAX_DRAWN_CLASSES", "has more than 4 classes"),
     ],
 )
 def test_a_table_of_very_many_runs_or_classes_is_refused(limit, sentence, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from useg.classes import ClassTable, Color, spread_colors
+from useg.classes import MAX_CLASSES, ClassTable, Color, spread_colors
 from useg.data.annotations.shapes import BACKGROUND, IGNORE_NAME, Drawing, RunLengths, encode_rle
 from useg.data.dataset import SPLIT_FOLDERS, SkippedPart
 from useg.data.official_splits import find_official_split
@@ -62,8 +62,8 @@ MAX_IMAGE_NAME_LENGTH = 4096
 # Parts of one file that are skipped, each with a sentence; a file with more is refused.
 MAX_SKIPPED = 10_000
 
-# As many classes as a label map can hold.
-MAX_CLASSES = 254
+# Classes that a label map can hold in addition to the background.
+MAX_DRAWN_CLASSES = MAX_CLASSES - 1
 
 # Errors that content of the wrong form raises.
 _FORM_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
@@ -121,10 +121,11 @@ class Annotations:
         annotated = self.names or collect_class_names(self.entries)
         drawn = [name for name in dict.fromkeys(annotated) if name not in (BACKGROUND, IGNORE_NAME)]
         names = (*([BACKGROUND] if self.has_background or not drawn else []), *drawn)
-        if len(names) > MAX_CLASSES + 1:
+        if len(names) - 1 > MAX_DRAWN_CLASSES:
             raise DataError(
                 f"'{self.entries[0].file}' has {len(names) - 1:,} classes, but at most "
-                f"{MAX_CLASSES} are possible in addition to the background; export fewer classes"
+                f"{MAX_DRAWN_CLASSES} are possible in addition to the background; export "
+                "fewer classes"
             )
         spread = spread_colors(len(names))
         return ClassTable(

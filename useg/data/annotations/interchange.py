@@ -26,7 +26,7 @@ import numpy as np
 
 from useg.classes import pack_color
 from useg.data.annotations.formats import (
-    MAX_CLASSES,
+    MAX_DRAWN_CLASSES,
     AnnotatedImage,
     Annotations,
     Reading,
@@ -396,10 +396,10 @@ def _parse_outline(words: Sequence[str], source: str) -> tuple[int, bytes]:
             f"{source} is not 'class x y x y x y ...' with a class number and at least three "
             "points; correct or remove it"
         )
-    if len(words[0].lstrip("0")) > 3 or int(words[0]) >= MAX_CLASSES:
+    if len(words[0].lstrip("0")) > 3 or int(words[0]) >= MAX_DRAWN_CLASSES:
         raise DataError(
             f"{source} has the class {words[0][:20]}, but class numbers are 0 to "
-            f"{MAX_CLASSES - 1}; correct or remove it"
+            f"{MAX_DRAWN_CLASSES - 1}; correct or remove it"
         )
     outline = pack_coordinates(words[1:], source)
     highest = max(array("d", outline))

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.data.annotations.formats import (
-    MAX_CLASSES,
+    MAX_DRAWN_CLASSES,
     AnnotatedImage,
     Annotations,
     Reading,
@@ -306,10 +306,10 @@ def _check_counts(path: Path, image: str, rows: Sequence[str], classes: Collecti
             f"'{path}' has more than {_MAX_ROWS_OF_AN_IMAGE:,} rows of run lengths of '{image}'; "
             "remove some"
         )
-    if len(classes) > MAX_CLASSES:
+    if len(classes) > MAX_DRAWN_CLASSES:
         raise DataError(
-            f"'{path}' has more than {MAX_CLASSES} classes; check which column has the classes, or "
-            "export fewer"
+            f"'{path}' has more than {MAX_DRAWN_CLASSES} classes; check which column has the "
+            "classes, or export fewer"
         )
 
 
@@ -337,11 +337,8 @@ def _draw_rows(rows: _Rows | None, size: tuple[int, int], by_columns: bool) -> D
     if rows is None:
         return Drawing((), size)
     masks = _to_run_lengths(rows, size, by_columns)
-    return Drawing(tuple(map(_shape_of_runs, rows.names, masks)), size)
-
-
-def _shape_of_runs(name: str, runs: RunLengths) -> Shape:
-    return Shape(name, runs=runs)
+    shapes = (Shape(name, runs=runs) for name, runs in zip(rows.names, masks, strict=True))
+    return Drawing(tuple(shapes), size)
 
 
 def _entry(path: Path, image: str) -> AnnotatedImage:
