@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "measure_code_path.py"
 
 
 # Most modules and lines.
-BOUNDS = {"train": (36, 7074), "predict": (15, 2997)}
+BOUNDS = {"train": (36, 7141), "predict": (15, 2997)}
 
 
 def test_an_image_passes_through_few_modules(

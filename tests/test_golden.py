@@ -57,6 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train.flips": "all",
         "train.steps": 8,
     },
+    "muon": {"train.optimizer": "muon", "train.steps": 8},
     "adam": {
         "train.optimizer": "adam",
         "train.schedule": "cosine",
@@ -71,6 +72,7 @@ QUICK = {
     "data.standardize": False,
     "train.precision": "fp32",
     "train.steps": 14,
+    "train.optimizer": "adamw",
     "data.split": "random",
     "train.validate_every": 100,
 }

@@ -238,14 +238,16 @@ class TrainSettings(_Settings):
         1,
         description="gradient accumulation: number of parts per batch; more parts need less memory",
     )
-    optimizer: Literal["adamw", "adam"] = Field(
-        "adamw", description="adamw, or adam (no weight decay)"
+    optimizer: Literal["adamw", "adam", "muon"] | None = Field(
+        None,
+        description="adamw, adam (no weight decay), or muon: adamw, with orthogonal steps for the "
+        "convolutions of the decoder, which then learn in fewer steps",
     )
     learning_rate: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
         None, description="maximum learning rate of the schedule"
     )
     weight_decay: Annotated[float, Field(ge=0, le=10**6)] = Field(
-        1e-2, description="weight decay of adamw, against overfitting"
+        1e-2, description="weight decay of adamw and muon, against overfitting"
     )
     schedule: Literal["onecycle", "cosine", "constant"] = Field(
         "onecycle",

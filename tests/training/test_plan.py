@@ -120,6 +120,23 @@ def test_whole_scenes_get_photometric_changes_a_narrow_zoom_and_a_low_encoder_ra
     assert asked.settings.train.photometric == 1.0
 
 
+def test_only_images_with_a_natural_orientation_are_trained_by_orthogonal_steps(
+    tmp_path: Path,
+) -> None:
+    scenes, parts = make_street_dataset(tmp_path / "scenes"), make_disc_dataset(tmp_path / "parts")
+    optimizers = [
+        planned(dataset, **changes).settings.train.optimizer
+        for dataset, changes in (
+            (scenes, {}),
+            (scenes, {"model__encoder": "plain"}),
+            (scenes, {"model__normalize": False}),
+            (scenes, {"train__optimizer": "adamw"}),
+            (parts, {}),
+        )
+    ]
+    assert optimizers == ["muon", "muon", "adamw", "adamw", "adamw"]
+
+
 def test_images_of_whole_scenes_are_standardised(tmp_path: Path) -> None:
     scenes, parts = make_street_dataset(tmp_path / "scenes"), make_disc_dataset(tmp_path / "parts")
     assert [planned(each).settings.data.standardize for each in (scenes, parts)] == [True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_training import make_disc_dataset, quick_settings
@@ -17,9 +19,11 @@ from made_training import make_disc_dataset, quick_settings
 from useg.training.plan import make_plan
 from useg.training.schedule import (
     MIN_FIRST_STEPS,
+    Muon,
     Schedule,
     TimeBudget,
     make_optimizer,
+    orthogonalize,
     rate_factor,
 )
 from useg.training.trainer import SilentProgress, prepare_trainer
@@ -288,3 +292,55 @@ def test_pretrained_encoder_has_a_lower_rate_and_only_matrices_decay(tmp_path: P
         for parameter in group["params"]:
             assert group["lr"] == pytest.approx(0.05 if id(parameter) in slow else 0.1)
             assert (group["weight_decay"] > 0) == (parameter.ndim > 1)
+
+
+def test_orthogonal_matrices_have_the_same_singular_vectors_and_values_near_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((8, 72), (72, 8), (20, 20)):
+        matrix = torch.randn(shape, generator=generator)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        found = left.T @ orthogonalize(matrix) @ right.T
+        near = found.diagonal()[values > 0.01 * values.norm()]
+        assert ((near > 0.6) & (near < 1.25)).all()
+        assert (found - found.diagonal().diag()).abs().max() < 1e-3
+
+
+def make_muon() -> tuple[torch.nn.Module, Muon]:
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(4, 8, 3)
+    groups = [{"params": [model.weight], "muon": True, "weight_decay": 0.1}]
+    return model, Muon([*groups, {"params": [model.bias], "weight_decay": 0.0}], lr=0.01)
+
+
+def step_towards_zero(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(1, 4, 5, 5)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_muon_takes_orthogonal_steps_for_matrices_and_those_of_adamw_for_vectors() -> None:
+    model, optimizer = make_muon()
+    plain, _ = make_muon()
+    adamw = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
+    before = model.weight.detach().clone()
+    step_towards_zero(model, optimizer)
+    step_towards_zero(plain, adamw)
+    assert torch.equal(model.bias, plain.bias)
+    step = (1 - 0.01 * 0.1) * before - model.weight.detach()
+    # The gradient of this loss has one singular value: the step goes in its direction.
+    assert torch.linalg.svdvals(step.flatten(1))[0] == pytest.approx(0.01 * 0.2 * 6, rel=0.4)
+
+
+def test_muon_goes_on_exactly_from_its_stored_state() -> None:
+    model, optimizer = make_muon()
+    for _ in range(3):
+        step_towards_zero(model, optimizer)
+    weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    step_towards_zero(model, optimizer)
+    other, resumed = make_muon()
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    step_towards_zero(other, resumed)
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(other.bias, model.bias)

@@ -19,6 +19,7 @@ labels allow |
 | ``train.batch`` | 4 to 8 crops, 16 of small objects: about 200,000 pixels, if possible |
 | ``train.encoder_rate`` | low for images with a natural orientation, to keep more of the \
 pretraining |
+| ``train.optimizer`` | muon for images with a natural orientation, else adamw |
 | ``train.zoom`` | wider for images that are not of whole scenes |
 | ``train.photometric`` | on for whole scenes, unless their light differs much already |
 | ``train.steps`` | as many as fit into the time, measured at the start \
@@ -78,6 +79,7 @@ from useg.training.plan_rules import (
     choose_encoder_rate,
     choose_flips,
     choose_learning_rate,
+    choose_optimizer,
     choose_photometric,
     choose_standardize,
     choose_zoom,
@@ -512,6 +514,7 @@ class _Planner:
         vertical_information = self.label_statistics.vertical_information()
         if model.encoder in encoders.ENCODERS and (model.pretrained or model.start):
             self.decide("train.encoder_rate", *choose_encoder_rate(model, vertical_information))
+        self.decide("train.optimizer", *choose_optimizer(model, vertical_information))
         self.decide("train.zoom", *choose_zoom(position_information))
         standardize = choose_standardize(vertical_information, self.settings, self.pixels)
         self.decide("data.standardize", *standardize)

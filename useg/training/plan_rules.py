@@ -275,6 +275,17 @@ def choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tu
     )
 
 
+def choose_optimizer(model: ModelSettings, vertical_information: float) -> tuple[str, str]:
+    """Return the optimizer, and the reason."""
+    if model.start:
+        return "adamw", "small steps keep what was learned before"
+    if vertical_information < MIN_VERTICAL_INFORMATION:
+        return "adamw", "images without a natural orientation gain nothing from muon"
+    if not model.normalize:
+        return "adamw", "muon is for networks with batch normalisation"
+    return "muon", "orthogonal steps: the network learns more from the same number of steps"
+
+
 def choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
     """Return the share of the steps at half the size, and the reason."""
     if settings.model.start:
