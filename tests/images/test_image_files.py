@@ -411,3 +411,10 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
         with pytest.raises(UsageError, match=r"a\.png' is a pipe or a device, not a file"):
             reader(tmp_path / "a.png")
     assert tiff_declared_pixels(tmp_path / "a.png") == 0
+
+
+def test_colors_of_zero_and_one_are_not_a_band_for_each_class(tmp_path):
+    """Id 1 in red alone, as CARLA stores it, is not the first of three classes."""
+    mask = np.zeros((4, 4, 3), np.uint8)
+    mask[..., 0] = 1
+    assert np.array_equal(image_files.read_mask(save(tmp_path / "a.png", mask)), mask)

@@ -509,8 +509,9 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
         pixels = whole
     if pixels.shape[2] == 1:
         return pixels[..., 0]
-    # One-hot: a band for each class, of which one is set at each pixel. Colours are not 0 and 1.
-    if pixels.shape[2] != 3 or stored.pixels.dtype.kind == "f" or pixels.max() == 1:
+    # One-hot: a band for each class, of which one is set at each pixel. Whole numbers in three
+    # bands are colours, even if they are 0 and 1, unless they stand for false and true.
+    if pixels.shape[2] != 3 or stored.pixels.dtype.kind == "f" or stored.highest == 1:
         is_set = pixels != 0
         if (is_set.sum(2) == 1).all() and pixels[is_set].min() == pixels.max():
             ids: NDArray[Any] = is_set.argmax(2).astype(np.uint8)
