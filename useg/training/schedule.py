@@ -322,8 +322,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     for _ in range(5):
         squares = product @ gram @ product.T
         product = (3.4445 * identity - 4.775 * squares + 2.0315 * squares @ squares) @ product
-    result: Tensor = product @ unit
-    return result
+    return torch.mm(product, unit)
 
 
 def make_optimizer(
