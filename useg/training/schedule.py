@@ -269,8 +269,8 @@ class Muon(torch.optim.AdamW):
 
     Muon replaces the momentum of a matrix by a nearly orthogonal matrix, so that the weights learn
     in all directions at the same speed, and not just in the few directions in which most gradients
-    lie. Like AdamW's, the mean square of a step is about 0.2 times the rate (Liu and others 2025).
-    The weights of a convolution are a matrix with a row for each of the first dimension.
+    lie. The root mean square of a step is about 0.2 times the rate, as with AdamW (Liu and others
+    2025). The weights of a convolution are a matrix with a row for each of the first dimension.
 
     Args:
         groups: Parameter groups. Those with ``"muon": True`` follow Muon.
