@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -148,20 +148,29 @@ def _learn_links(files: NamedFiles) -> list[Link]:
         whole = {plain: name for name, plain in short.items()}
         if list(whole) == list(files.paths):
             continue
+        counts = Counter(map(_replace_numbers, whole))
         for link in learn_links(list(whole)):
-            if _takes_most(link, whole):
+            if _takes_most(link, counts):
                 partners = {whole[one]: whole[other] for one, other in link.partners.items()}
                 links.append(Link(link.rule, partners))
     return sorted(links, key=lambda link: -len(link.partners))
 
 
-def _takes_most(link: Link, names: Collection[str]) -> bool:
+def _replace_numbers(name: str) -> str:
+    return re.sub("[0-9]+", "0", name)
+
+
+def _takes_most(link: Link, counts: Counter[str]) -> bool:
     """Whether a link leads to at least half of the names that differ from these by numbers.
 
     Objects that are numbered for each image are more, and rules fit some of them by accident.
+
+    Args:
+        link: A link between files.
+        counts: How many files have each name, with every number replaced by 0.
     """
-    kinds = {re.sub("[0-9]+", "0", other) for other in link.partners.values()}
-    return 2 * len(link.partners) >= sum(re.sub("[0-9]+", "0", name) in kinds for name in names)
+    kinds = set(map(_replace_numbers, link.partners.values()))
+    return 2 * len(link.partners) >= sum(counts[kind] for kind in kinds)
 
 
 @dataclass(frozen=True)
